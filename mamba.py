@@ -1,0 +1,408 @@
+"""Falcon-Mamba: the model and its checkpoint. Read scan.py first; sample.py and train.py come next.
+
+A language model that carries a state of fixed size from token to token, where a transformer carries a cache that grows
+with the text. Each of the 7B's sixty-four layers reads the residual stream and adds to it:
+
+    x, z = in_proj(RMSNorm(stream))                  widen d_model to twice d_inner: a signal x and its gate z
+    x = SiLU(conv(x))                                each channel sees its own last d_conv inputs
+    dt, B, C = x_proj(x)                             how this token moves the state, chosen by the token itself
+    dt, B, C = RMSNorm(dt), RMSNorm(B), RMSNorm(C)   all that Falcon-Mamba adds to Mamba: it keeps training stable
+    y = scan(x, dt_proj(dt), A, B, C, D, z)          scan.py
+    stream = stream + out_proj(y)
+
+Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; and the published
+checkpoints, whose tensor names are our attribute names. `python mamba.py` prints the 7B, tensor by tensor.
+
+Sizes in the shape comments: b batch, l length, m d_model, d d_inner, n d_state, r dt_rank, k d_conv.
+"""
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scan import selective_scan
+
+# Where config.json uses another name than we do.
+PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size", "d_conv": "conv_kernel",
+             "d_inner": "intermediate_size", "dt_rank": "time_step_rank", "norm_eps": "layer_norm_epsilon",
+             "mixer_norm_eps": "mixer_rms_eps", "bias": "use_bias", "conv_bias": "use_conv_bias",
+             "tie_embeddings": "tie_word_embeddings"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written. Its text is one sentence for whoever asked for it."""
+
+
+@dataclass
+class MambaConfig:
+    """The sizes of a model. The defaults are Falcon-Mamba-7B's. CheckpointError for a value no model can have."""
+    vocab_size: int = 65024
+    d_model: int = 4096
+    n_layer: int = 64
+    d_state: int = 16
+    d_conv: int = 4
+    d_inner: int = None                 # 2 d_model unless given
+    dt_rank: int = None                 # d_model / 16, rounded up, unless given
+    norm_eps: float = 1e-5              # in the RMSNorms of the residual stream
+    mixer_norm_eps: float = 1e-6        # in the RMSNorms of dt, B and C
+    bias: bool = False                  # of in_proj and out_proj
+    conv_bias: bool = True
+    tie_embeddings: bool = False        # lm_head is the embedding matrix
+    initializer_range: float = 0.1      # standard deviation of fresh linear and embedding weights
+    bos_token_id: int = 0               # never put before a text
+    eos_token_id: int = 11
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        if self.d_inner is None:
+            self.d_inner = 2 * self.d_model
+        if self.dt_rank is None:
+            self.dt_rank = math.ceil(self.d_model / 16)
+        for f in fields(self):
+            value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
+            low, high = (0, 2**31) if f.name.endswith("_id") else (1, 2**10 if f.name == "n_layer" else 2**20)
+            if f.type is int and not (type(value) is int and low <= value <= high):
+                raise CheckpointError(f"{name} is {value!r:.50}, but must be a whole number from {low} to {high}")
+            if f.type is float and not (type(value) in (int, float) and 0 < value < 1):
+                raise CheckpointError(f"{name} is {value!r:.50}, but must be a number between 0 and 1")
+            if f.type is bool and type(value) is not bool:
+                raise CheckpointError(f"{name} is {value!r:.50}, but must be true or false")
+
+    @classmethod
+    def from_json(cls, path: Path) -> "MambaConfig":
+        """Read a published config.json; CheckpointError if it is missing, broken, or describes another architecture."""
+        raw = read_json(path)
+        for name, ours in {"model_type": "falcon_mamba", "hidden_act": "silu"}.items():
+            if raw.setdefault(name, "silu") != ours:
+                raise CheckpointError(f"{path} has {name} {raw[name]!r:.50}, but only {ours!r} is Falcon-Mamba's")
+        config = {f.name: raw.get(PUBLISHED.get(f.name, f.name)) for f in fields(cls)}
+        config = {name: value for name, value in config.items() if value is not None}
+        if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
+            raise CheckpointError(f"{path} lacks {' and '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
+        # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, which is 2 x 4096. The size is the truth.
+        if "d_inner" not in config and type(raw.get("expand")) in (int, float) and type(config["d_model"]) is int:
+            config["d_inner"] = int(raw["expand"] * config["d_model"])
+        if config.get("dt_rank") == "auto":
+            del config["dt_rank"]
+        if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
+            config["eos_token_id"] = config["eos_token_id"][0]
+        return cls(**{"tie_embeddings": True} | config)        # absent, the reference ties them
+
+    def to_json(self, path: Path) -> None:
+        """Write what transformers reads as a FalconMambaConfig."""
+        raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "hidden_act": "silu",
+               "expand": max(1, self.d_inner // self.d_model), "residual_in_fp32": True}
+        raw |= {PUBLISHED.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        path.write_text(json.dumps(raw, indent=2) + "\n")
+
+
+class State(NamedTuple):
+    """All that the model remembers of the text so far: 35 MB for the 7B, after one token or a million."""
+    conv: list[Tensor]      # a layer: (b, k - 1, d), the last inputs of its convolution, in the activations' dtype
+    ssm: list[Tensor]       # a layer: (b, d, n) fp32, as bf16 states are known to drift into gibberish
+
+
+def rms_norm(v: Tensor, eps: float) -> Tensor:
+    """v over its root mean square along the last dimension, in fp32 whatever v's dtype."""
+    return F.rms_norm(v.float(), v.shape[-1:], eps=eps)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, stream):
+        return rms_norm(stream, self.eps).to(self.weight.dtype) * self.weight
+
+
+class Mixer(nn.Module):
+    """What one layer does with the normalised stream."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
+        self.split, self.eps = (r, n, n), config.mixer_norm_eps
+        self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
+        self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)       # holds the tensors; see conv()
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, d)
+        self.A_log = nn.Parameter(torch.empty(d, n))
+        self.D = nn.Parameter(torch.empty(d))
+        self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
+
+    def forward(self, stream, past, h0, reset):
+        """stream (b, l, m), the layer's two states, reset (b, l) or None -> (b, l, m) and the two states after it."""
+        x, z = self.in_proj(stream).chunk(2, dim=-1)                            # (b, l, d), (b, l, d)
+        x, past = self.conv(x, past, reset)                                     # (b, l, d), (b, k - 1, d)
+        dt, B, C = self.selection(x)                                            # (b, l, d), (b, l, n), (b, l, n)
+        A = -torch.exp(self.A_log.float())                                      # (d, n)
+        # dt_proj's bias is added inside the scan, in fp32: it sets time scales from 0.001 to 0.1, too fine for bf16.
+        y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h0, reset)
+        return self.out_proj(y), past, h
+
+    def conv(self, x, past, reset):
+        """SiLU of the causal convolution, as k shifted products, so that no tap reaches back past a reset."""
+        k, l = self.conv1d.kernel_size[0], x.shape[1]
+        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()           # (k, d), the present last
+        window = torch.cat([past, x], dim=1)                                    # (b, k - 1 + l, d)
+        past = window[:, l:].clone()                                            # a view would keep the window alive
+        if reset is not None:
+            doc = F.pad(reset.cumsum(1), (k - 1, 0))                            # (b, k - 1 + l): a document's number
+            past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
+        y = 0 if self.conv1d.bias is None else self.conv1d.bias.float()
+        for i in range(k):
+            tap = window[:, i:i + l]                                            # (b, l, d): inputs of k - 1 - i ago
+            if reset is not None:
+                tap = tap.masked_fill((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
+            y = y + tap * weight[i]
+        return F.silu(y).to(x.dtype), past
+
+    def selection(self, x):
+        """dt, B and C of each token. The weightless norms, and with them all of Falcon-Mamba's novelty, are here.
+
+        The reference's fused training kernel normalises dt after dt_proj, its evaluation before: we do as the latter.
+        """
+        dt, B, C = (rms_norm(v, self.eps) for v in self.x_proj(x).split(self.split, dim=-1))   # (b, l, r | n | n)
+        return F.linear(dt.to(x.dtype), self.dt_proj.weight), B, C
+
+
+class Block(nn.Module):
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mixer(config)
+
+    def forward(self, stream, past, h0, reset):
+        out, past, h = self.mixer(self.norm(stream), past, h0, reset)
+        return stream + out, past, h                                            # the stream stays fp32
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, tokens, state, reset=None):
+        stream, after = self.embeddings(tokens).float(), State([], [])          # (b, l, m)
+        for layer, past, h in zip(self.layers, *state):
+            stream, past, h = layer(stream, past, h, reset)
+            after.conv.append(past)
+            after.ssm.append(h)
+        return self.norm_f(stream), after
+
+
+@contextmanager
+def matrix_vector_kernels(wanted: bool):
+    """For a single token on a CPU, leave oneDNN out: PyTorch's own bf16 product reads weights twice as fast there."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, not wanted and torch.backends.mkldnn.enabled
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+class Mamba(nn.Module):
+    """The language model, freshly initialised. Its state_dict has the published tensors' names and shapes."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(lambda module: initialize(module, config))
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None,
+                last_only: bool = False) -> tuple[Tensor, State]:
+        """Read tokens (b, l), any number of them, from `state` (a blank one if None), which is left as it was.
+
+        reset (b, l) bool is true where a document starts: nothing before that token is seen by it or any later one.
+        So packed documents do not leak, and padding on the left is just another document before the prompt.
+        Returns logits (b, l, vocab_size) in fp32, (b, 1, vocab_size) with last_only, and the state to go on from.
+        """
+        with matrix_vector_kernels(tokens.numel() == 1):
+            x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
+            return self.lm_head(x[:, -1:] if last_only else x).float(), state
+
+    def blank_state(self, batch: int) -> State:
+        """The state before any text: zeros."""
+        c, weight = self.config, self.backbone.norm_f.weight
+        return State([weight.new_zeros(batch, c.d_conv - 1, c.d_inner) for _ in range(c.n_layer)],
+                     [weight.new_zeros(batch, c.d_inner, c.d_state, dtype=torch.float32) for _ in range(c.n_layer)])
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+                        replace: Callable[[nn.Linear], nn.Module] | None = None) -> "Mamba":
+        """Load a folder, or a Hugging Face hub id, which is downloaded first.
+
+        On a CPU in the checkpoint's own dtype (dtype None) the weights stay in the mapped files: nothing is copied.
+        A_log, D, the convolution and dt_proj's bias are small and exact: they become fp32 whatever the dtype.
+        `replace` is given each in_proj, x_proj and out_proj as soon as it is loaded, and returns what takes its place.
+        CheckpointError, in one sentence, for anything that is missing, broken, or does not fit together.
+        """
+        folder = find(source)
+        config = MambaConfig.from_json(folder / "config.json")
+        with torch.device("meta"):                         # shapes without memory
+            model = cls(config).eval()
+        wanted, stored = dict(model.named_parameters()), open_tensors(folder)
+        if config.tie_embeddings:
+            stored.pop("lm_head.weight", None)             # some writers store the embedding twice
+        wrong = [f"no {name} {[*wanted[name].shape]}" for name in wanted if name not in stored]
+        wrong += [f"an unexpected {name}" for name in stored if name not in wanted]
+        for name in wanted.keys() & stored.keys():
+            found = stored[name].get_slice(name)
+            if found.get_shape() != [*wanted[name].shape]:
+                wrong.append(f"{name} {found.get_shape()} where {[*wanted[name].shape]} belongs")
+            if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                wrong.append(f"{name} in {found.get_dtype()}, which is no plain float")
+        if wrong:
+            more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
+            raise CheckpointError(f"the tensors of {folder} do not fit its config.json: {', '.join(wrong[:4])}{more}")
+        dtype = dtype or stored["backbone.embeddings.weight"].get_tensor("backbone.embeddings.weight").dtype
+        for name in wanted:
+            path, _, leaf = name.rpartition(".")
+            module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+            exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
+            tensor = stored[name].get_tensor(name).to(device, torch.float32 if exact else dtype)
+            setattr(module, leaf, nn.Parameter(tensor))
+            if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
+                setattr(parent, path.rpartition(".")[2], replace(module))
+        if config.tie_embeddings:
+            model.lm_head.weight = model.backbone.embeddings.weight
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and safetensors that transformers loads as they are; all of it or nothing.
+
+        CheckpointError if it cannot be written; what the folder held before is then still there.
+        """
+        folder = Path(folder)
+        new = folder / ".saving"
+        try:
+            shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
+            new.mkdir(parents=True)
+            tensors = {name: p.detach() for name, p in self.named_parameters()}     # tied weights appear once
+            huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
+            self.config.to_json(new / "config.json")
+            old = {p.name for p in folder.glob("model*.safetensors*")}
+            files = sorted(p.name for p in new.iterdir() if p.name != "config.json")
+            if len(files) > 1 or old - set(files):
+                # Several files cannot change in one move. While they do, no config.json says this is a checkpoint.
+                (folder / "config.json").unlink(missing_ok=True)
+            for name in [*files, "config.json"]:
+                os.replace(new / name, folder / name)
+            for name in old - set(files):
+                (folder / name).unlink()
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config: MambaConfig) -> None:
+    """Fresh weights as the reference draws them: fading times spread from fast to slow, steps from 0.001 to 0.1."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=config.initializer_range)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, Mixer):                          # after its linear parts, which apply() visits first
+        d, n, r = config.d_inner, config.d_state, config.dt_rank
+        module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(d, n))
+        nn.init.ones_(module.D)
+        nn.init.uniform_(module.dt_proj.weight, -r**-0.5, r**-0.5)
+        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+        module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))    # softplus of it is dt
+        nn.init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+        if module.conv1d.bias is not None:
+            nn.init.zeros_(module.conv1d.bias)
+        nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; CheckpointError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not readable JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def find(source: str | Path) -> Path:
+    """The folder of that name or, failing one, the local copy of the hub's repository of that name."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise CheckpointError(f"{source} is not a folder; `python train.py` makes one called out")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:      # the hub's client raises many kinds, its transport's among them
+        raise CheckpointError(f"{source} is not a folder here and could not be downloaded "
+                              f"({' '.join(str(e).split())[:200]}); without a network, `python train.py` makes a "
+                              "small model and `--model out` uses it") from e
+
+
+def open_tensors(folder: Path) -> dict:
+    """Every tensor name in the folder's safetensors -> the open file that holds it. Nothing is read but headers."""
+    paths = [folder / "model.safetensors"]
+    if not paths[0].exists():
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            raise CheckpointError(f"{folder} has neither {paths[0].name} nor {index.name}; "
+                                  "pickled weights are not read, as loading them can run any code")
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files")
+        for name in names.values():
+            if name != Path(name).name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index} points to {name!r:.80}, which is not a safetensors file beside it")
+        paths = [folder / name for name in sorted(set(names.values()))]
+    stored = {}
+    for path in paths:
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
+        for name in file.keys():
+            if name in stored:
+                raise CheckpointError(f"{path} holds {name} a second time")
+            stored[name] = file
+    return stored
+
+
+if __name__ == "__main__":
+    with torch.device("meta"):
+        tensors = dict(Mamba(MambaConfig()).named_parameters())
+    print(f"Falcon-Mamba-7B: {len(tensors)} tensors, in bf16\n{'tensor':48}{'shape':>16}{'parameters':>16}{'MB':>10}")
+    for name, p in tensors.items():
+        if not re.search(r"layers\.([1-9]|\d\d)\.", name):
+            shape = " x ".join(map(str, p.shape))
+            print(f"{name:48}{shape:>16}{p.numel():16,}{2 * p.numel() / 1e6:10.2f}")
+        elif name.startswith("backbone.layers.1.norm"):
+            layer = sum(p.numel() for name, p in tensors.items() if ".layers.0." in name)
+            print(f"{'  ... and as layer 0, layers 1 to 63':48}{'63 x':>16}{63 * layer:16,}{126 * layer / 1e6:10.2f}")
+    total = sum(p.numel() for p in tensors.values())
+    print(f"{'total':64}{total:16,}{2 * total / 1e6:10.2f}\n{total:,}")
