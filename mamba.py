@@ -164,12 +164,12 @@ class Mixer(nn.Module):
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                            # (b, k - 1 + l): a document's number
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
-        y = 0 if self.conv1d.bias is None else self.conv1d.bias.float()
+        y = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
         for i in range(k):
             tap = window[:, i:i + l]                                            # (b, l, d): inputs of k - 1 - i ago
             if reset is not None:
                 tap = tap.masked_fill((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y = y + tap * weight[i]
+            y = torch.addcmul(y, tap, weight[i])
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):

@@ -44,34 +44,37 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
 
-    u = x.float()
+    signal = x.float()
     delta = F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
-    h0 = u.new_zeros(b, d, n) if h0 is None else h0.float()
-    y, h = BACKENDS[backend](delta, delta * u, A.float(), B.float(), C.float(), h0, reset)
+    h0 = signal.new_zeros(b, d, n) if h0 is None else h0.float()
+    y, h = BACKENDS[backend](signal, delta, A.float(), B.float(), C.float(), h0, reset)
     if D is not None:
-        y = y + D.float() * u
+        y = torch.addcmul(y, D.float(), signal)
     if z is not None:
         y = y * F.silu(z.float())
     return y.to(x.dtype), h
 
 
-# The backends take (delta, u, A, B, C, h0, reset), with u = delta x and every float tensor in fp32 (or all in float64,
+# The backends take (x, delta, A, B, C, h0, reset), every float tensor in fp32 (or all in float64,
 # which the tests use), and return (y, h) without skip and gate. First the definition.
+
+
+LOG2_E = math.log2(math.e)
 
 
 def exp(v: Tensor) -> Tensor:
     """e^v as 2^(v log2 e): on our EPYC, torch.exp2 takes 0.17 ns a number and torch.exp 0.6 (a GPU has only exp2)."""
-    return torch.exp2(v * math.log2(math.e))
+    return torch.exp2(v * LOG2_E)
 
 
-def naive(delta, u, A, B, C, h0, reset):
+def naive(x, delta, A, B, C, h0, reset):
     """One step after the other. Autograd differentiates it, and to do so keeps every state: (b, l, d, n)."""
     h, y = h0, []
-    for t in range(u.shape[1]):
+    for t in range(x.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
         decay = exp(delta[:, t, :, None] * A)                            # (b, d, n)
-        drive = u[:, t, :, None] * B[:, t, None, :]                      # (b, d, n)
+        drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None, :]   # (b, d, n)
         h = torch.addcmul(drive, decay, h)                               # (b, d, n)
         y.append((h @ C[:, t, :, None])[..., 0])                         # (b, d)
     return torch.stack(y, dim=1), h                                      # (b, l, d), (b, d, n)
@@ -83,12 +86,12 @@ def naive(delta, u, A, B, C, h0, reset):
 # and no logarithm summed: both are shorter, and both lose all digits once a long product of decays nears 0.
 
 
-def parallel(delta, u, A, B, C, h0, reset):
+def parallel(x, delta, A, B, C, h0, reset):
     """All steps at once, in 2 log2(l) moves and O(l) work, holding a few times (b, l, d, n)."""
     decay = exp(delta[..., None] * A)                                    # (b, l, d, n)
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
-    drive = u[..., None] * B[:, :, None, :]                              # (b, l, d, n)
+    drive = (delta * x)[..., None] * B[:, :, None, :]                    # (b, l, d, n)
     first = torch.addcmul(drive[:, :1], decay[:, :1], h0[:, None])       # (b, 1, d, n): h0 enters with step 0
     h = merge_pairs(decay, torch.cat([first, drive[:, 1:]], dim=1))      # (b, l, d, n)
     return (h @ C[..., None])[..., 0], h[:, -1]                          # (b, l, d), (b, d, n)
@@ -106,72 +109,79 @@ def merge_pairs(a: Tensor, b: Tensor) -> Tensor:
     return h
 
 
-# Third, the one that trains on a CPU: the loop again, but the decays of 16 steps are computed together, and the backward
-# pass recomputes each chunk of 16 from the state at its start, so (b, l, d, n) never exists. Write g_t for dL/dh_t. h_t
-# is read by y_t and by h_{t+1}, so
+# Third, the one that trains on a CPU: the loop again, with the decays of 16 steps computed at once. Its backward pass
+# recomputes each such chunk from the state at its start, so (b, l, d, n) never exists. Write g_t for dL/dh_t. y_t and
+# h_{t+1} both read h_t, so
 #     g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}:
-# the same recurrence, run from the end. The other gradients are products of g_t with what multiplied it on the way up.
+# the same recurrence, run from the end. Each other gradient is g_t times what its tensor was multiplied by.
 
-CHUNK = 16     # steps; 8 to 32 time alike here: fewer pay Python per step, more fall out of the processor's cache
-
-
-@torch.compiler.disable     # a Python loop over time: unrolled, it would compile for minutes and run no faster
-def chunked(delta, u, A, B, C, h0, reset):
-    """The loop over chunks. Inside, time comes first and d last: each step is one block, with long inner loops."""
-    delta, u, B, C = (v.transpose(0, 1).contiguous() for v in (delta, u, B, C))        # (l, b, d), (l, b, n)
-    reset = None if reset is None else reset.T                                         # (l, b)
-    y, h = Chunked.apply(delta, u, A.T.contiguous(), B, C, h0.mT.contiguous(), reset)  # (l, b, d), (b, n, d)
-    return y.transpose(0, 1), h.mT                                                     # (b, l, d), (b, d, n)
+CHUNK = 16      # steps: 8 to 32 take the same time here; fewer pay Python more, more outgrow the processor's cache
 
 
-def chunk_states(delta, u, A, B, h, reset):
-    """One chunk's decays (c, b, n, d), and its states (c + 1, b, n, d) with the one before it, h, in front."""
-    decay = exp(delta[:, :, None] * A)                                   # (c, b, n, d)
+def time_first(v: Tensor) -> Tensor:
+    """Inside a chunk time comes first and d last, so that each step is one block of memory with long rows."""
+    return v.transpose(0, 1).contiguous()
+
+
+def fill_chunk(decay, hs, delta, u, A, B, h, reset):
+    """Write one chunk's decays (c, b, n, d), and its states (c + 1, b, n, d) with h, the one before it, in front."""
+    torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
     if reset is not None:
-        decay.masked_fill_(reset[:, :, None, None], 0)
-    hs = h.new_empty(len(u) + 1, *h.shape)                               # (c + 1, b, n, d)
+        decay.masked_fill_(reset.T[:, :, None, None], 0)
     hs[0] = h
-    torch.mul(u[:, :, None], B[..., None], out=hs[1:])                   # the drive, which becomes the state in place
-    for t in range(len(u)):
-        hs[t + 1].addcmul_(decay[t], hs[t])
-    return decay, hs
+    torch.mul(u[:, :, None], B[..., None], out=hs[1:])                   # the drive, to which each step adds its past
+    for before, now, a in zip(hs[:-1].unbind(), hs[1:].unbind(), decay.unbind()):
+        now.addcmul_(a, before)
 
 
 class Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, delta, u, A, B, C, h, reset):
-        y, starts = torch.empty_like(u), []
-        for t in range(0, len(u), CHUNK):
-            c = slice(t, t + CHUNK)
+    def forward(ctx, x, delta, A, B, C, h, reset):
+        A, h, y, starts = A.T.contiguous(), h.mT.contiguous(), torch.empty_like(x), []
+        decay, hs = (h.new_empty(CHUNK + i, *h.shape) for i in (0, 1))   # for all chunks: fresh memory is slow to touch
+        for t in range(0, x.shape[1], CHUNK):
             starts.append(h)
-            _, hs = chunk_states(delta[c], u[c], A, B[c], h, None if reset is None else reset[c])
-            y[c] = (C[c, :, None] @ hs[1:])[:, :, 0]                     # (c, b, d)
-            h = hs[-1].clone()                                           # not a view, which would keep the chunk alive
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(delta, u, A, B, C, reset, *starts)
-        return y, h
+            x_, delta_, B_, C_ = (time_first(v[:, t:t + CHUNK]) for v in (x, delta, B, C))
+            c, now = len(x_), slice(t, t + CHUNK)
+            fill_chunk(decay[:c], hs[:c + 1], delta_, delta_ * x_, A, B_, h, None if reset is None else reset[:, now])
+            y[:, now] = (C_[:, :, None] @ hs[1:c + 1])[:, :, 0].transpose(0, 1)
+            h = hs[c].clone()
+        ctx.save_for_backward(x, delta, A, B, C, reset, *starts)
+        return y, h.mT
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
-        delta, u, A, B, C, reset, *starts = ctx.saved_tensors
-        d_delta, du, dA, dB, dC = map(torch.zeros_like, (delta, u, A, B, C))
+        x, delta, A, B, C, reset, *starts = ctx.saved_tensors
+        dx, d_delta, dB, dC = map(torch.empty_like, (x, delta, B, C))
+        dA, dh = torch.zeros_like(A), dh.mT.contiguous()
+        buffers = [dh.new_empty(CHUNK + i, *dh.shape) for i in (0, 1, 0)]
         for i in reversed(range(len(starts))):
-            c = slice(i * CHUNK, (i + 1) * CHUNK)
-            decay, hs = chunk_states(delta[c], u[c], A, B[c], starts[i], None if reset is None else reset[c])
-            g = C[c, :, :, None] * dy[c, :, None]                        # (c, b, n, d): what y_t asks of h_t
-            g[-1] += dh                                                  # and what all later chunks ask of the last
-            for t in reversed(range(len(g) - 1)):
-                g[t].addcmul_(decay[t + 1], g[t + 1])
+            now = slice(i * CHUNK, (i + 1) * CHUNK)
+            x_, delta_, B_, C_, dy_ = (time_first(v[:, now]) for v in (x, delta, B, C, dy))
+            c, u = len(x_), delta_ * x_
+            decay, hs, g = buffers[0][:c], buffers[1][:c + 1], buffers[2][:c]
+            fill_chunk(decay, hs, delta_, u, A, B_, starts[i], None if reset is None else reset[:, now])
+            torch.mul(C_[..., None], dy_[:, :, None], out=g)             # (c, b, n, d): what y_t asks of h_t
+            g[-1] += dh                                                  # and what later chunks ask of the last
+            for g_now, g_next, a in reversed([*zip(g[:-1].unbind(), g[1:].unbind(), decay[1:].unbind())]):
+                g_now.addcmul_(a, g_next)
             dh = decay[0] * g[0]                                         # (b, n, d): for the chunk before
-            dC[c] = (hs[1:] @ dy[c, :, :, None])[..., 0]                 # (c, b, n)
-            dB[c] = (g @ u[c, :, :, None])[..., 0]                       # (c, b, n)
-            du[c] = (B[c, :, None] @ g)[:, :, 0]                         # (c, b, d)
+            dC[:, now] = (hs[1:] @ dy_[:, :, None].mT)[..., 0].transpose(0, 1)
+            dB[:, now] = (g @ u[:, :, None].mT)[..., 0].transpose(0, 1)
+            du = (B_[:, :, None] @ g)[:, :, 0]                           # (c, b, d)
             g *= decay
-            g *= hs[:-1]                                                 # now the gradient of delta_t A
-            dA += (g * delta[c, :, None]).sum((0, 1))                    # (n, d)
-            d_delta[c] = (g * A).sum(2)                                  # (c, b, d)
-        return d_delta, du, dA, dB, dC, dh, None
+            g *= hs[:-1]                                                 # now the gradient of the product delta A
+            dA += torch.mul(g, delta_[:, :, None], out=decay).sum((0, 1))
+            dx[:, now] = (du * delta_).transpose(0, 1)
+            d_delta[:, now] = torch.addcmul(torch.mul(g, A, out=decay).sum(2), du, x_).transpose(0, 1)
+        return dx, d_delta, dA.T, dB, dC, dh.mT, None
+
+
+@torch.compiler.disable     # unrolled, this loop over time would compile for minutes and run no faster
+def chunked(x, delta, A, B, C, h0, reset):
+    """The loop over chunks; keeps one state a chunk for the backward pass."""
+    return Chunked.apply(x, delta, A, B, C, h0, reset)
 
 
 def auto(*args):
@@ -187,7 +197,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     delta, u, y_grad = F.softplus(torch.randn(b, l, d) - 3), torch.randn(b, l, d), torch.randn(b, l, d)
     A = -torch.arange(1.0, n + 1).expand(d, n)
-    inputs = [delta, delta * u, A, torch.randn(b, l, n), torch.randn(b, l, n), torch.randn(b, d, n)]
+    inputs = [u, delta, A, torch.randn(b, l, n), torch.randn(b, l, n), torch.randn(b, d, n)]
 
     def run(scan, dtype):
         """Outputs, then gradients; and the seconds of the forward alone and of both."""
