@@ -1,0 +1,906 @@
+"""Bad input is answered with one plain sentence on standard error and a non-zero exit: no traceback, nothing half done.
+
+    python -m pytest tests/test_bad_input.py
+
+The programs run inside this process wherever that is possible, since importing torch again takes seconds. What makes
+a place unwritable is a file where a folder should be or a limit on file sizes, as root may write anywhere else.
+"""
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+import mamba
+import sample
+import train
+from mamba import PUBLISHED, CheckpointError, Mamba, MambaConfig
+
+REPO = Path(mamba.__file__).parent
+SIZES = {"d_model": 8, "n_layer": 2, "d_state": 3, "d_conv": 4}
+LIMITS = {"RLIMIT_FSIZE": resource.RLIMIT_FSIZE, "RLIMIT_AS": resource.RLIMIT_AS}
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def assert_sentence(text, *words):
+    """One line of plain words that a person can read at a glance, holding all of `words`."""
+    assert "Traceback" not in text and "Exception ignored" not in text
+    assert len(text.strip().splitlines()) == 1, f"not one line: {text!r}"
+    assert " " in text and len(text) < 600, f"{len(text)} characters: {text[:600]!r}"
+    assert text.strip().isprintable(), f"control characters in {text!r}"
+    for word in words:
+        assert str(word) in text, f"{word!r} is not in {text!r}"
+
+
+def complaint(stderr):
+    """What a program wrote to standard error, less argparse's usage and the notes on the way to the end."""
+    lines, usage = [], False
+    for line in stderr.splitlines():
+        usage = line.startswith("usage:") or usage and line.startswith(" ")
+        if not usage and line.strip() and not line.startswith(("warning:", "skipping ")):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *flags) runs the program -> exit status, standard output, standard error."""
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            status = module.main()
+        except SystemExit as e:
+            status = e.code
+        out, err = capsys.readouterr()
+        return (1, out, f"{err}{status}\n") if isinstance(status, str) else (status or 0, out, err)
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """refused(module, *flags, words=...) asserts that the program ends in one sentence and has written nothing."""
+    def run(module, *flags, words=()):
+        status, out, err = call(module, *flags)
+        assert status not in (0, None) and out == ""
+        assert_sentence(complaint(err), *words)
+        assert "Traceback" not in err
+        return err
+    return run
+
+
+def fault(folder, *words, **kwargs):
+    """from_pretrained(folder) fails with a CheckpointError of one sentence, and with nothing else."""
+    with pytest.raises(CheckpointError) as e:
+        Mamba.from_pretrained(folder, **kwargs)
+    assert_sentence(str(e.value), *words)
+
+
+@contextlib.contextmanager
+def limit(which, size):
+    """At most `size` bytes a file, as on a disk that is full; or of memory."""
+    before = resource.getrlimit(LIMITS[which])
+    resource.setrlimit(LIMITS[which], (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(LIMITS[which], before)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A model that is as small as can be, with one token a byte."""
+    folder = tmp_path_factory.mktemp("pristine") / "model"
+    torch.manual_seed(0)
+    Mamba(MambaConfig(vocab_size=257, eos_token_id=256, **SIZES)).save_pretrained(folder)
+    train.byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+def edit(folder, name="config.json", drop=(), **values):
+    """Change some values of the folder's config.json."""
+    raw = json.loads((folder / name).read_text()) | values
+    (folder / name).write_text(json.dumps({key: value for key, value in raw.items() if key not in drop}))
+
+
+def edit_tensors(folder, **values):
+    """Change some tensors of the folder's model.safetensors; None removes one."""
+    tensors = load_file(folder / "model.safetensors") | values
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
+
+
+def shard(folder, names=("a.safetensors", "b.safetensors")):
+    """Cut model.safetensors into files with an index -> the weight_map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(tensors)
+    parts = [keys[i::len(names)] for i in range(len(names))]
+    for name, part in zip(names, parts):
+        save_file({key: tensors[key] for key in part}, folder / name)
+    weight_map = {key: name for name, part in zip(names, parts) for key in part}
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(12)[None])[0]
+
+
+def small_shards(monkeypatch):
+    """From here on save_pretrained cuts even this model into many files."""
+    save = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda t, f, **_: save(t, f, max_shard_size="2KB"))
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_folder_loads_and_generates(folder, call):
+    """Or the refusals below would prove nothing."""
+    status, out, err = call(sample, "--model", folder, "--prompt", "def ", "--max-new-tokens", 5, "--temperature", 0)
+    assert status == 0 and out.startswith("def ") and "tokens/s" in err
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(Mamba.from_pretrained(str(folder))))
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path, refused):
+    fault(tmp_path / "nope", "nope", "python train.py")
+    refused(sample, "--model", tmp_path / "nope", "--prompt", "a", words=["nope", "python train.py"])
+
+
+def test_a_file_where_a_folder_should_be_is_named(folder):
+    fault(folder / "config.json", "config.json", "not a folder")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model", "a\0b", "model\udcff", "../../a/b/c", "-a/b", "~"])
+def test_a_name_that_can_be_no_folder_is_a_sentence(name, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)     # such a name is not looked up
+    with pytest.raises(CheckpointError) as e:
+        Mamba.from_pretrained(name)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_an_empty_folder_is_not_a_checkpoint(tmp_path, refused):
+    fault(tmp_path, "config.json")
+    refused(sample, "--model", tmp_path, "--prompt", "a")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "llama", "mamba2", "", None, 7, ["falcon_mamba"], "a\nb", "x" * 10**5])
+def test_another_architecture_is_refused_by_its_name(folder, kind, refused):
+    edit(folder, model_type=kind)
+    fault(folder, "model_type", "falcon_mamba")
+
+
+def test_a_config_without_an_architecture_is_told_so(folder):
+    edit(folder, drop=["model_type"])
+    fault(folder, "model_type")
+    with pytest.raises(CheckpointError) as e:
+        Mamba.from_pretrained(folder)
+    assert "silu" not in str(e.value)
+
+
+def test_another_activation_is_refused(folder):
+    edit(folder, hidden_act="gelu")
+    fault(folder, "hidden_act", "gelu")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "7", '"falcon_mamba"', "[" * 10**5, '{"a":' * 10**5, "\xff\xfe",
+                                  "{}", '{"model_type": "falcon_mamba"}', "9" * 10**4, '{"vocab_size": 97,}', "\0" * 99])
+def test_a_broken_config_is_a_sentence(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin1"))
+    fault(folder, "config.json")
+
+
+def test_a_missing_config_and_a_folder_in_its_place_are_sentences(folder):
+    (folder / "config.json").unlink()
+    fault(folder, "no config.json")
+    (folder / "config.json").mkdir()
+    fault(folder, "config.json")
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_missing_size_is_named(folder, name):
+    edit(folder, drop=[name])
+    fault(folder, name)
+
+
+NAN, INF = float("nan"), float("inf")
+ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {}, {"a": 8}, "x" * 10**5],
+          float: [-1, 0, 1, 5.0, NAN, INF, 10**400, "1e-5", True, [], [1e-5], {}],
+          bool: [0, 1, "true", "", NAN, [], {}, 1.0]}
+
+
+@pytest.mark.parametrize("f", fields(MambaConfig), ids=lambda f: f.name)
+def test_absurd_config_values_are_refused_by_their_published_names(folder, f):
+    name, whole = PUBLISHED.get(f.name, f.name), json.loads((folder / "config.json").read_text())
+    for value in ABSURD[f.type]:
+        for derived in ((), ("intermediate_size", "time_step_rank")):    # both may be left to follow from hidden_size
+            edit(folder, drop=[key for key in derived if key != name], **whole | {name: value})
+            if f.name == "eos_token_id" and value == [8]:                # a list is published for some models
+                continue
+            fault(folder, name)
+
+
+@pytest.mark.parametrize("value", [-1, 0, NAN, INF, -INF, 1e308, 10**400, 2**40, 0.01, "2", True, [2], {}])
+def test_an_absurd_expand_is_refused_where_it_decides(folder, value):
+    edit(folder, drop=["intermediate_size"], expand=value)
+    fault(folder)
+
+
+def test_sizes_that_are_large_but_possible_are_compared_before_anything_is_allocated(folder):
+    edit(folder, hidden_size=2**20, intermediate_size=2**20, vocab_size=2**20)
+    fault(folder, "[1048576, 1048576]", "[257, 8]")
+
+
+# ---- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def test_truncated_weights_are_refused_wherever_they_end(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    for length in [0, 1, 7, 8, 9, 100, header - 1, header, header + 1, len(whole) // 2, len(whole) - 4, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        fault(folder, "model.safetensors")
+    path.write_bytes(whole + b"\0" * 8)
+    fault(folder, "model.safetensors")
+
+
+def test_a_damaged_header_is_a_sentence_or_does_no_harm(folder):
+    path, dice = folder / "model.safetensors", random.Random(0)
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    for position in [*range(8), *(dice.randrange(8, header) for _ in range(150))]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << dice.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            Mamba.from_pretrained(folder)
+        except CheckpointError as e:
+            assert_sentence(str(e))
+
+
+@pytest.mark.parametrize("claim", [2**40, 2**63, 2**64 - 1, 100_000_001])
+def test_a_header_that_claims_terabytes_is_refused(folder, claim):
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", claim) + path.read_bytes()[8:])
+    fault(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("header", [
+    b"[]", b"null", b"{", b'{"a": 1}', b"[" * 10**5, b'{"a":' * 10**4, b"\xff" * 10, b" " * 64,
+    b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
+    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296, 4294967296], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'])
+def test_a_header_that_describes_no_tensors_is_refused(folder, header):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
+    fault(folder, "model.safetensors")
+
+
+def test_a_folder_in_the_weights_place_is_a_sentence(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    fault(folder, "model.safetensors")
+
+
+def test_pickled_weights_alone_are_not_read(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    fault(folder, "pickle", "model.safetensors")
+    assert not Path("pwned").exists() and not (folder / "pwned").exists()
+
+
+def test_a_missing_tensor_is_named_with_its_shape(folder):
+    edit_tensors(folder, **{"backbone.layers.1.mixer.A_log": None})
+    fault(folder, "backbone.layers.1.mixer.A_log", "[16, 3]")
+
+
+def test_an_unexpected_tensor_is_named(folder):
+    edit_tensors(folder, **{"backbone.layers.2.mixer.A_log": torch.ones(2)})
+    fault(folder, "backbone.layers.2.mixer.A_log")
+
+
+def test_a_tensors_own_name_cannot_write_to_the_terminal(folder):
+    edit_tensors(folder, **{"a\nTraceback \x1b[31m" + "b" * 10**4: torch.ones(2)})
+    with pytest.raises(CheckpointError) as e:
+        Mamba.from_pretrained(folder)
+    assert str(e.value).isprintable() and len(str(e.value)) < 600
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
+    edit_tensors(folder, **{"backbone.layers.0.mixer.in_proj.weight": torch.ones(8, 32)})
+    fault(folder, "backbone.layers.0.mixer.in_proj.weight", "[8, 32]", "[32, 8]")
+
+
+def test_a_model_of_other_sizes_than_its_config_is_a_sentence_with_the_number_of_faults(folder):
+    edit(folder, state_size=5)
+    fault(folder, "[16, 3]", "[16, 5]")
+    edit(folder, state_size=3, num_hidden_layers=1024)
+    fault(folder, "more faults")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floats_are_refused(folder, dtype):
+    edit_tensors(folder, **{"backbone.embeddings.weight": torch.ones(257, 8).to(dtype)})
+    fault(folder, "backbone.embeddings.weight")
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_weights_that_are_not_finite_end_in_a_sentence(folder, value, call):
+    edit_tensors(folder, **{"lm_head.weight": torch.full((257, 8), value)})
+    status, _, err = call(sample, "--model", folder, "--prompt", "a")
+    assert status == 1
+    assert_sentence(err.splitlines()[-1], "not finite")
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_load_to_the_same_model(folder, pristine):
+    shard(folder)
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(Mamba.from_pretrained(pristine)))
+
+
+@pytest.mark.parametrize("target", ["../secret.safetensors", "/etc/passwd", "{absolute}", "sub/a.safetensors", "..", ".",
+                                    "", "a.bin", "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors",
+                                    "a.safetensors/", "a\0.safetensors", "\ud800.safetensors", "config.json",
+                                    "a\n.safetensors", "x" * 10**5 + ".safetensors", "..\\secret.safetensors"])
+def test_an_index_that_points_elsewhere_is_refused(folder, target):
+    weight_map = shard(folder)
+    for place in (folder.parent, folder / "sub"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(folder / "a.safetensors", place / "secret.safetensors")
+    target = target.replace("{absolute}", str(folder.parent / "secret.safetensors"))
+    write_index(folder, {k: target if v == "a.safetensors" else v for k, v in weight_map.items()})
+    with pytest.raises(CheckpointError) as e:
+        Mamba.from_pretrained(folder)
+    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 600
+
+
+def test_a_missing_shard_is_named(folder):
+    shard(folder)
+    (folder / "b.safetensors").unlink()
+    fault(folder, "b.safetensors")
+
+
+def test_a_truncated_shard_is_named(folder):
+    shard(folder)
+    os.truncate(folder / "b.safetensors", 500)
+    fault(folder, "b.safetensors")
+
+
+def test_a_tensor_in_two_shards_is_named(folder):
+    weight_map = shard(folder)
+    shutil.copy(folder / "a.safetensors", folder / "c.safetensors")
+    write_index(folder, weight_map | {"again": "c.safetensors"})
+    fault(folder, "second time", "c.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5,
+                                  '{"weight_map": {"a": null}}', '{"weight_map": "a.safetensors"}', '{"weight_map": {}}'])
+def test_a_broken_index_is_a_sentence(folder, text):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    fault(folder)
+
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_tokenizer_is_named(folder, refused):
+    (folder / "tokenizer.json").unlink()
+    refused(sample, "--model", folder, "--prompt", "a", words=["tokenizer.json"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 10**5, "\xff", '{"version": "9.0"}', '{"model": null}'])
+def test_a_broken_tokenizer_is_a_sentence(folder, text, refused):
+    (folder / "tokenizer.json").write_bytes(text.encode("latin1"))
+    refused(sample, "--model", folder, "--prompt", "a", words=["tokenizer.json"])
+
+
+def test_a_folder_in_the_tokenizers_place_is_a_sentence(folder, refused):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").mkdir()
+    refused(sample, "--model", folder, "--prompt", "a", words=["tokenizer.json"])
+
+
+def word_tokenizer(vocabulary):
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused_with_both_sizes(folder, refused):
+    word_tokenizer({chr(0x4e00 + i): i for i in range(258)}).save(str(folder / "tokenizer.json"))
+    refused(sample, "--model", folder, "--prompt", "一", words=["258", "257"])
+
+
+def test_a_tokenizer_of_few_tokens_with_a_large_number_is_refused(folder, refused):
+    word_tokenizer({"a": 0, "b": 500}).save(str(folder / "tokenizer.json"))
+    refused(sample, "--model", folder, "--prompt", "ab", words=["257"])
+
+
+def test_characters_that_the_tokenizer_drops_are_warned_about(folder, call):
+    word_tokenizer({"a": 0, "b": 1}).save(str(folder / "tokenizer.json"))
+    status, _, err = call(sample, "--model", folder, "--prompt", "abλab", "--max-new-tokens", 1)
+    warnings = [line for line in err.splitlines() if line.startswith("warning:")]
+    assert status == 0 and len(warnings) == 1 and "λ" in warnings[0]
+
+
+def test_nothing_is_warned_about_when_nothing_is_dropped(folder, call):
+    tokenizer = word_tokenizer({"a": 0, "b": 1})
+    tokenizer.normalizer = normalizers.Lowercase()      # 'A' is read as 'a': not what was typed, but not dropped either
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for prompt in ("ab", "Ab"):
+        status, _, err = call(sample, "--model", folder, "--prompt", prompt, "--max-new-tokens", 1)
+        assert status == 0 and "''" not in err
+    assert "warning" not in call(sample, "--model", folder, "--prompt", "ab", "--max-new-tokens", 1)[2]
+
+
+def test_a_prompt_that_is_dropped_whole_is_a_sentence(folder, refused):
+    word_tokenizer({"a": 0}).save(str(folder / "tokenizer.json"))
+    refused(sample, "--model", folder, "--prompt", "λ", words=["prompt"])
+
+
+def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(folder, call):
+    tokenizer = train.byte_tokenizer()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    status, _, err = call(sample, "--model", folder, "--prompt", "abcdef", "--max-new-tokens", 1)
+    assert status == 0 and "warning" not in err
+    assert len(sample.encode(Tokenizer.from_file(str(folder / "tokenizer.json")), "abcdef")) == 6
+
+
+# ---- the command line of sample.py -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ["--max-new-tokens", "-1"], ["--max-new-tokens", "1.5"], ["--max-new-tokens", "x"], ["--max-new-tokens", "9" * 5000],
+    ["--temperature", "-1"], ["--temperature", "nan"], ["--temperature", "inf"], ["--temperature", "hot"],
+    ["--top-k", "0"], ["--top-k", "-3"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-p", "nan"],
+    ["--seed", "-1"], ["--seed", str(2**64)], ["--num-samples", "0"], ["--num-samples", "-1"],
+    ["--dtype", "int8"], ["--quantize", "int4"], ["--device", "warp9"], ["--device", ""], ["--device", "cuda:99"],
+    ["--device", "cpu:-1"], ["--device", "xla"], ["--device", "mkldnn"], ["--device", "hpu"],
+    ["--unknown"], ["stray"], ["--model"], ["--prompt"], ["--temperature", ""]], ids=lambda f: " ".join(f)[:30] or "''")
+def test_flags_out_of_range_are_refused(folder, refused, flags):
+    refused(sample, "--model", folder, "--prompt", "a", *flags)
+
+
+def test_a_run_without_a_prompt_is_told_which_flag_to_give(folder, refused):
+    refused(sample, "--model", folder, words=["--prompt"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_cuda_is_a_sentence_that_names_the_cpu(folder, refused):
+    refused(sample, "--model", folder, "--prompt", "a", "--device", "cuda", words=["cuda", "cpu"])
+
+
+def test_a_device_without_memory_is_refused(folder, refused):
+    refused(sample, "--model", folder, "--prompt", "a", "--device", "meta", words=["meta"])
+    refused(train, "--out", folder, "--device", "meta", words=["meta"])
+
+
+def test_no_bitsandbytes_is_a_sentence_that_names_the_pip_command(folder, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)       # import then raises ImportError
+    refused(sample, "--model", folder, "--prompt", "a", "--quantize", "nf4", words=["pip install bitsandbytes"])
+
+
+def test_no_compiler_is_a_sentence(folder, refused, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(sample, "--model", folder, "--prompt", "a", "--compile", words=["--compile"])
+
+
+def test_an_empty_prompt_is_refused(folder, refused):
+    refused(sample, "--model", folder, "--prompt", "", words=["prompt"])
+    refused(sample, "--model", folder, "--prompt", "a", "--prompt", "", words=["prompt"])
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused(folder, refused):
+    refused(sample, "--model", folder, "--prompt", "caf\udce9", words=["prompt", "UTF-8"])
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])    # what Python does in UTF-8 locales, and in C
+def test_standard_input_that_is_no_text_is_refused(folder, refused, errors, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    refused(sample, "--model", folder, "--prompt", "-")
+
+
+def test_standard_input_that_is_empty_or_closed_is_refused(folder, refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    refused(sample, "--model", folder, "--prompt", "-", words=["prompt"])
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(sample, "--model", folder, "--prompt", "-", words=["standard input"])
+
+
+def test_running_out_of_memory_is_a_sentence(folder, call, monkeypatch):
+    def full(*args):
+        return torch.empty(2**45)       # what the CPU's allocator says: a plain RuntimeError
+    monkeypatch.setattr(Mamba, "forward", full)
+    status, _, err = call(sample, "--model", folder, "--prompt", "a")
+    assert status == 1
+    assert_sentence(err.splitlines()[-1], "memory")
+
+
+def subprocess_run(*command, stdout=subprocess.PIPE, **env):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=REPO, stdout=stdout, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | env, timeout=60)
+
+
+def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_on(tmp_path):
+    done = subprocess_run("sample.py", "--prompt", "a", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 1 and done.stdout == ""
+    assert_sentence(done.stderr, "tiiuae/falcon-mamba-7b-pre-decay", "python train.py", "--model out")
+
+
+def test_a_hub_that_answers_in_many_lines_is_still_a_sentence(monkeypatch, refused):
+    def download(*args, **kwargs):
+        raise RuntimeError("404\nRepository\tnot found\n\n" + "x" * 9999)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused(sample, "--model", "nobody/nothing", "--prompt", "a", words=["nobody/nothing", "--model out"])
+
+
+def test_standard_output_that_takes_no_more_is_a_sentence(folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess_run("sample.py", "--model", folder, "--prompt", "a", "--max-new-tokens", "3", stdout=full)
+    assert done.returncode not in (0, 120)
+    assert_sentence("\n".join(line for line in done.stderr.splitlines() if not line.startswith(str(folder))), "sample.py")
+
+
+# ---- state files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(folder, call, tmp_path):
+    """A state file of the model in `folder`."""
+    path = tmp_path / "state"
+    assert call(sample, "--model", folder, "--prompt", "def", "--max-new-tokens", 3, "--save-state", path)[0] == 0
+    return path
+
+
+def test_a_kept_state_continues(folder, state, call):
+    assert call(sample, "--model", folder, "--load-state", state, "--max-new-tokens", 3)[0] == 0
+    assert not state.with_name("state.saving").exists()
+
+
+def test_a_file_that_is_no_state_is_refused(folder, refused, tmp_path, state):
+    whole = state.read_bytes()
+    for content in [b"", b"text", b"\0" * 100, whole[:-1], whole[:len(whole) // 2], whole[:50], whole + b"\0" * 8]:
+        state.write_bytes(content)
+        refused(sample, "--model", folder, "--load-state", state, words=[state])
+    refused(sample, "--model", folder, "--load-state", tmp_path / "nope", words=["nope"])
+    refused(sample, "--model", folder, "--load-state", tmp_path, words=[tmp_path])
+
+
+def test_a_checkpoint_given_as_a_state_is_refused(folder, refused):
+    """Its sentence must not list the checkpoint's tensors: the 7B has 643."""
+    refused(sample, "--model", folder, "--load-state", folder / "model.safetensors", words=["state"])
+
+
+def test_a_state_of_another_models_sizes_is_refused_with_both(folder, refused, state):
+    tensors = load_file(state)
+    save_file(tensors | {"ssm": torch.zeros(2, 1, 16, 4)}, state)
+    refused(sample, "--model", folder, "--load-state", state, words=["[2, 1, 16, 4]", "[2, 1, 16, 3]"])
+    save_file(tensors | {"more": torch.zeros(2)}, state)
+    refused(sample, "--model", folder, "--load-state", state)
+    save_file({"conv": tensors["conv"]}, state)
+    refused(sample, "--model", folder, "--load-state", state)
+
+
+@pytest.mark.parametrize("name, dtype", [("conv", torch.int32), ("ssm", torch.int64), ("ssm", torch.bool),
+                                         ("last", torch.float32), ("last", torch.bool), ("conv", torch.complex64)])
+def test_a_state_of_the_wrong_kind_of_numbers_is_refused(folder, refused, state, name, dtype):
+    tensors = load_file(state)
+    save_file(tensors | {name: tensors[name].to(dtype)}, state)
+    refused(sample, "--model", folder, "--load-state", state, words=[name])
+
+
+@pytest.mark.parametrize("token", [-1, 257, 2**62, -2**63])
+def test_a_state_whose_token_is_out_of_range_is_refused(folder, refused, state, token):
+    save_file(load_file(state) | {"last": torch.tensor([token])}, state)
+    refused(sample, "--model", folder, "--load-state", state, words=[token, "257"])
+
+
+def test_a_state_that_is_not_finite_is_not_blamed_on_the_model(folder, refused, state):
+    tensors = load_file(state)
+    save_file(tensors | {"ssm": torch.full_like(tensors["ssm"], NAN)}, state)
+    refused(sample, "--model", folder, "--load-state", state, words=[state])
+
+
+def test_a_state_that_cannot_be_kept_is_refused_before_anything_is_written(folder, refused, tmp_path):
+    for path in (tmp_path / "no" / "state", folder / "config.json" / "state", tmp_path, ""):
+        refused(sample, "--model", folder, "--prompt", "a", "--max-new-tokens", 2, "--save-state", path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_full_disk_leaves_the_old_state_whole(folder, call, state):
+    before = state.read_bytes()
+    with limit("RLIMIT_FSIZE", 500):
+        status, _, err = call(sample, "--model", folder, "--prompt", "other", "--max-new-tokens", 2, "--save-state", state)
+    assert status == 1 and "Traceback" not in err
+    assert_sentence(err.splitlines()[-1], state)
+    assert state.read_bytes() == before and not state.with_name("state.saving").exists()
+
+
+@pytest.mark.parametrize("flags, word", [(["--prompt", "a", "--prompt", "b"], "2 prompts"),
+                                         (["--prompt", "a", "--num-samples", "2"], "--num-samples")])
+def test_a_state_file_for_more_than_one_text_is_refused(folder, refused, tmp_path, flags, word):
+    refused(sample, "--model", folder, *flags, "--save-state", tmp_path / "state", words=[word])
+    assert not (tmp_path / "state").exists()
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def other_model(**sizes):
+    torch.manual_seed(1)
+    return Mamba(MambaConfig(vocab_size=257, eos_token_id=256, **SIZES | sizes))
+
+
+def save_fault(model, folder):
+    with pytest.raises(CheckpointError) as e:
+        model.save_pretrained(folder)
+    assert_sentence(str(e.value), folder)
+
+
+def test_an_unwritable_place_for_a_checkpoint_is_a_sentence(folder):
+    save_fault(other_model(), folder / "config.json")
+    save_fault(other_model(), folder / "config.json" / "sub")
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, shards, monkeypatch):
+    if shards:
+        small_shards(monkeypatch)
+    before = logits(Mamba.from_pretrained(folder))
+    with limit("RLIMIT_FSIZE", 1000):
+        save_fault(other_model(), folder)
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
+    assert not (folder / ".saving").exists()
+
+
+def test_a_first_save_that_fails_leaves_no_checkpoint(tmp_path):
+    with limit("RLIMIT_FSIZE", 1000):
+        save_fault(other_model(), tmp_path / "new")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("move", range(1, 5))
+def test_a_save_that_fails_between_two_files_leaves_the_old_checkpoint_whole(folder, shards, move, monkeypatch):
+    before = logits(Mamba.from_pretrained(folder))
+    if shards:
+        small_shards(monkeypatch)
+    replace, moves = os.replace, []
+
+    def fail(*args):
+        moves.append(args)
+        if len(moves) == move:
+            raise OSError("the disk was pulled out")
+        replace(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        if not shards and move > 2:
+            return                  # one file of weights and config.json: there are no more moves
+        save_fault(other_model(d_state=5), folder)
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("move", range(1, 4))
+def test_a_save_that_is_killed_leaves_one_whole_checkpoint_or_a_sentence(folder, shards, move, monkeypatch):
+    old, new = (logits(model) for model in (Mamba.from_pretrained(folder), other_model()))
+    if shards:
+        small_shards(monkeypatch)
+    if (child := os.fork()) == 0:
+        replace, moves = os.replace, []
+
+        def die(*args):
+            moves.append(args)
+            if len(moves) == move:
+                os._exit(9)
+            replace(*args)
+        os.replace = die
+        other_model().save_pretrained(folder)
+        os._exit(0)
+    os.waitpid(child, 0)
+    try:
+        left = logits(Mamba.from_pretrained(folder))
+        assert torch.equal(left, old) or torch.equal(left, new)
+    except CheckpointError as e:
+        assert_sentence(str(e))
+    other_model().save_pretrained(folder)       # and the next save clears it all up
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), new)
+    assert not (folder / ".saving").exists()
+
+
+def test_what_a_killed_save_left_behind_does_no_harm(folder):
+    before = logits(Mamba.from_pretrained(folder))
+    (folder / ".saving").mkdir()
+    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+        (folder / ".saving" / name).write_bytes(b"half")
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
+    model = other_model()
+    model.save_pretrained(folder)
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(model))
+    assert not (folder / ".saving").exists()
+
+
+def test_saving_over_a_checkpoint_in_shards_leaves_none_of_them(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        small_shards(patch)
+        other_model(n_layer=3).save_pretrained(folder)
+        assert len([*folder.glob("*.safetensors")]) > 2
+    model = other_model()
+    model.save_pretrained(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(model))
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Enough text for a few small rows, also of the part held out."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    return path
+
+
+QUICK = ["--total-tokens", 64, "--context", 16, "--batch-start", 1, "--batch-end", 2, "--d-model", 8, "--n-layer", 1,
+         "--d-state", 2, "--device", "cpu"]
+
+
+@pytest.fixture
+def untrained(refused, text, tmp_path):
+    """untrained(*flags) asserts that train.py refuses them in one sentence, and leaves no folder behind."""
+    def run(*flags, words=()):
+        flags = [*flags] if "--data" in flags else ["--data", text, *flags]
+        refused(train, "--out", tmp_path / "made", *QUICK, *flags, words=words)
+        assert not (tmp_path / "made").exists()
+    return run
+
+
+def test_a_quick_training_run_leaves_a_model_that_samples(call, text, tmp_path):
+    """Or the refusals below would prove nothing."""
+    assert call(train, "--data", text, "--out", tmp_path / "made", *QUICK)[0] == 0
+    assert call(sample, "--model", tmp_path / "made", "--prompt", "the", "--max-new-tokens", 3)[0] == 0
+
+
+def test_data_that_is_missing_is_named(untrained, tmp_path):
+    untrained("--data", tmp_path / "nope", words=["nope"])
+
+
+def test_data_that_is_empty_or_binary_or_too_little_is_a_sentence(untrained, tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "binary").write_bytes(os.urandom(5000) + b"\xff")
+    (tmp_path / "short").write_text("ab")
+    (tmp_path / "folder").mkdir()
+    for name in ("empty", "binary", "short", "folder"):
+        untrained("--data", tmp_path / name, words=["--context 16"])
+
+
+def test_text_of_which_too_little_is_held_out_is_told_so(untrained, tmp_path):
+    (tmp_path / "some").write_text("x" * 200)          # 190 bytes to train on, and 10 held out
+    untrained("--data", tmp_path / "some", words=["held out"])
+
+
+def test_a_folder_of_text_may_hold_what_is_no_file(call, text, tmp_path):
+    (tmp_path / "notes").mkdir()
+    shutil.copy(text, tmp_path / "notes")
+    (tmp_path / "notes" / ".#lock").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "notes" / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "notes" / "pipe").write_text("unhang"), daemon=True)
+    writer.start()                                      # so that a reader of the pipe fails here, and does not wait
+    files = [p.name for p in sorted((tmp_path / "notes").rglob("*"))]
+    assert files == [".#lock", "pipe", "text.txt"]
+    assert call(train, "--data", tmp_path / "notes", "--out", tmp_path / "made", *QUICK)[0] == 0
+    assert writer.is_alive()                            # nobody read it
+    os.close(os.open(tmp_path / "notes" / "pipe", os.O_RDONLY | os.O_NONBLOCK))
+
+
+def test_an_unwritable_out_is_refused_before_training(refused, text, tmp_path):
+    for out in (text, text / "sub"):
+        refused(train, "--data", text, "--out", out, *QUICK)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "tokenizer.json").mkdir()
+    refused(train, "--data", text, "--out", tmp_path / "made", *QUICK)
+
+
+def test_a_full_disk_after_training_leaves_the_old_model_and_tokenizer(folder, call, text):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with limit("RLIMIT_FSIZE", 1000):
+        status, _, err = call(train, "--data", text, "--out", folder, *QUICK)
+    assert status == 1
+    assert_sentence(complaint(err))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(untrained, tmp_path):
+    word_tokenizer({"a": 0}).save(str(tmp_path / "tokenizer.json"))
+    untrained("--tokenizer", tmp_path / "tokenizer.json", words=["<|endoftext|>"])
+
+
+def test_a_tokenizer_that_is_missing_or_broken_is_named(untrained, tmp_path, folder):
+    untrained("--tokenizer", tmp_path / "nope.json", words=["nope.json"])
+    untrained("--tokenizer", folder / "config.json", words=["config.json"])
+    untrained("--tokenizer", tmp_path, words=[tmp_path])
+
+
+def test_a_tokenizer_with_gaps_trains_or_is_refused(call, text, tmp_path):
+    tokenizer = word_tokenizer({"t": 0, "h": 500})
+    tokenizer.add_special_tokens([train.END])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    status, _, err = call(train, "--data", text, "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "made",
+                          *QUICK, "--context", 2)
+    assert status == 0 or assert_sentence(complaint(err)) is None
+
+
+START = ["--total-tokens", 64, "--context", 16, "--batch-start", 1, "--batch-end", 2, "--device", "cpu"]
+
+
+def test_a_start_that_is_missing_or_does_not_fit_is_refused(refused, text, tmp_path, folder):
+    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", tmp_path / "nope", words=["nope"])
+    word_tokenizer({chr(0x4e00 + i): i for i in range(300)} | {train.END: 300}).save(str(tmp_path / "tokenizer.json"))
+    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", folder,
+            "--tokenizer", tmp_path / "tokenizer.json", words=["257"])
+    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", folder, "--d-model", "8",
+            words=["--init-from", "d_model"])
+    (folder / "tokenizer.json").unlink()
+    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", folder, words=["tokenizer.json"])
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--total-tokens", "-1"], ["--total-tokens", "1.5"], ["--total-tokens", "0"], ["--context", "0"], ["--context", "-1"],
+    ["--batch-start", "0"], ["--batch-end", "0"], ["--batch-start", "-1"], ["--batch-start", str(2**60)],
+    ["--lr", "nan"], ["--lr", "-1"], ["--lr", "inf"], ["--lr", "x"], ["--decay-factor", "0"], ["--decay-factor", "nan"],
+    ["--beta1", "1"], ["--beta2", "1"], ["--beta1", "-1"], ["--beta2", "2"], ["--clip", "nan"], ["--weight-decay", "-1"],
+    ["--seed", "-1"], ["--seed", "x"], ["--d-model", "0"], ["--n-layer", "0"], ["--d-state", "0"], ["--d-conv", "0"],
+    ["--d-model", "-8"], ["--d-model", "x"], ["--n-layer", "5000"], ["--initializer-range", "0"],
+    ["--initializer-range", "5"], ["--initializer-range", "nan"], ["--device", "warp9"], ["--unknown"], ["stray"],
+    ["--data"], ["--d-model", str(2**20)]], ids=" ".join)
+def test_training_flags_out_of_range_are_refused(untrained, flags):
+    untrained(*flags)
+
+
+def test_a_learning_rate_that_diverges_ends_in_a_sentence(call, text, tmp_path):
+    status, _, err = call(train, "--data", text, "--out", tmp_path / "made", *QUICK, "--lr", "1e15", "--warmup-tokens", 0)
+    assert status == 1
+    assert_sentence(complaint(err), "--lr")
+
+
+@pytest.mark.parametrize("module", [sample, train])
+def test_help_works(call, module):
+    status, out, _ = call(module, "--help")
+    assert status == 0 and "--device" in out
