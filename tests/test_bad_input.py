@@ -22,9 +22,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 import mamba
 import sample
@@ -33,10 +32,6 @@ from mamba import PUBLISHED, CheckpointError, Mamba, MambaConfig
 
 REPO = Path(mamba.__file__).parent
 SIZES = {"d_model": 8, "n_layer": 2, "d_state": 3, "d_conv": 4}
-LIMITS = {"RLIMIT_FSIZE": resource.RLIMIT_FSIZE, "RLIMIT_AS": resource.RLIMIT_AS}
-
-
-# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def assert_sentence(text, *words):
@@ -94,14 +89,14 @@ def fault(folder, *words, **kwargs):
 
 
 @contextlib.contextmanager
-def limit(which, size):
-    """At most `size` bytes a file, as on a disk that is full; or of memory."""
-    before = resource.getrlimit(LIMITS[which])
-    resource.setrlimit(LIMITS[which], (size, before[1]))
+def full_disk(size):
+    """No file can grow past `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(LIMITS[which], before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +154,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda t, f, **_: save(t, f, max_shard_size="2KB"))
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+# Folders.
 
 
 def test_a_whole_folder_loads_and_generates(folder, call):
@@ -211,8 +206,9 @@ def test_another_activation_is_refused(folder):
     fault(folder, "hidden_act", "gelu")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "7", '"falcon_mamba"', "[" * 10**5, '{"a":' * 10**5, "\xff\xfe",
-                                  "{}", '{"model_type": "falcon_mamba"}', "9" * 10**4, '{"vocab_size": 97,}', "\0" * 99])
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "7", '"falcon_mamba"', "[" * 10**5, '{"a":' * 10**5,
+                                  "\xff\xfe", "{}", '{"model_type": "falcon_mamba"}', "9" * 10**4,
+                                  '{"vocab_size": 97,}', "\0" * 99])
 def test_a_broken_config_is_a_sentence(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin1"))
     fault(folder, "config.json")
@@ -232,7 +228,8 @@ def test_a_missing_size_is_named(folder, name):
 
 
 NAN, INF = float("nan"), float("inf")
-ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {}, {"a": 8}, "x" * 10**5],
+ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {}, {"a": 8},
+                "x" * 10**5],
           float: [-1, 0, 1, 5.0, NAN, INF, 10**400, "1e-5", True, [], [1e-5], {}],
           bool: [0, 1, "true", "", NAN, [], {}, 1.0]}
 
@@ -259,7 +256,7 @@ def test_sizes_that_are_large_but_possible_are_compared_before_anything_is_alloc
     fault(folder, "[1048576, 1048576]", "[257, 8]")
 
 
-# ---- safetensors -----------------------------------------------------------------------------------------------------
+# Safetensors.
 
 
 def test_truncated_weights_are_refused_wherever_they_end(folder):
@@ -344,7 +341,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
 def test_a_model_of_other_sizes_than_its_config_is_a_sentence_with_the_number_of_faults(folder):
     edit(folder, state_size=5)
     fault(folder, "[16, 3]", "[16, 5]")
-    edit(folder, state_size=3, num_hidden_layers=1024)
+    edit(folder, state_size=3, num_hidden_layers=200)
     fault(folder, "more faults")
 
 
@@ -362,7 +359,7 @@ def test_weights_that_are_not_finite_end_in_a_sentence(folder, value, call):
     assert_sentence(err.splitlines()[-1], "not finite")
 
 
-# ---- shards ----------------------------------------------------------------------------------------------------------
+# Shards.
 
 
 def test_shards_load_to_the_same_model(folder, pristine):
@@ -370,8 +367,8 @@ def test_shards_load_to_the_same_model(folder, pristine):
     assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(Mamba.from_pretrained(pristine)))
 
 
-@pytest.mark.parametrize("target", ["../secret.safetensors", "/etc/passwd", "{absolute}", "sub/a.safetensors", "..", ".",
-                                    "", "a.bin", "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors",
+@pytest.mark.parametrize("target", ["../secret.safetensors", "/etc/passwd", "{absolute}", "sub/a.safetensors",
+                                    "..", ".", "", "a.bin", "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors",
                                     "a.safetensors/", "a\0.safetensors", "\ud800.safetensors", "config.json",
                                     "a\n.safetensors", "x" * 10**5 + ".safetensors", "..\\secret.safetensors"])
 def test_an_index_that_points_elsewhere_is_refused(folder, target):
@@ -406,14 +403,15 @@ def test_a_tensor_in_two_shards_is_named(folder):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5,
-                                  '{"weight_map": {"a": null}}', '{"weight_map": "a.safetensors"}', '{"weight_map": {}}'])
+                                  '{"weight_map": {"a": null}}', '{"weight_map": "a.safetensors"}',
+                                  '{"weight_map": {}}'])
 def test_a_broken_index_is_a_sentence(folder, text):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text(text)
     fault(folder)
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+# The tokenizer.
 
 
 def test_a_missing_tokenizer_is_named(folder, refused):
@@ -481,11 +479,12 @@ def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(folder, c
     assert len(sample.encode(Tokenizer.from_file(str(folder / "tokenizer.json")), "abcdef")) == 6
 
 
-# ---- the command line of sample.py -----------------------------------------------------------------------------------
+# The command line of sample.py.
 
 
 @pytest.mark.parametrize("flags", [
-    ["--max-new-tokens", "-1"], ["--max-new-tokens", "1.5"], ["--max-new-tokens", "x"], ["--max-new-tokens", "9" * 5000],
+    ["--max-new-tokens", "-1"], ["--max-new-tokens", "1.5"], ["--max-new-tokens", "x"],
+    ["--max-new-tokens", "9" * 5000],
     ["--temperature", "-1"], ["--temperature", "nan"], ["--temperature", "inf"], ["--temperature", "hot"],
     ["--top-k", "0"], ["--top-k", "-3"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-p", "nan"],
     ["--seed", "-1"], ["--seed", str(2**64)], ["--num-samples", "0"], ["--num-samples", "-1"],
@@ -552,8 +551,8 @@ def test_running_out_of_memory_is_a_sentence(folder, call, monkeypatch):
 
 
 def subprocess_run(*command, stdout=subprocess.PIPE, **env):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=REPO, stdout=stdout, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | env, timeout=60)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=REPO, stdout=stdout, stderr=subprocess.PIPE,
+                          text=True, env=os.environ | env, timeout=60)
 
 
 def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_on(tmp_path):
@@ -573,10 +572,11 @@ def test_standard_output_that_takes_no_more_is_a_sentence(folder):
     with open("/dev/full", "w") as full:
         done = subprocess_run("sample.py", "--model", folder, "--prompt", "a", "--max-new-tokens", "3", stdout=full)
     assert done.returncode not in (0, 120)
-    assert_sentence("\n".join(line for line in done.stderr.splitlines() if not line.startswith(str(folder))), "sample.py")
+    notes = [line for line in done.stderr.splitlines() if not line.startswith(str(folder))]
+    assert_sentence("\n".join(notes), "sample.py")
 
 
-# ---- state files -----------------------------------------------------------------------------------------------------
+# State files.
 
 
 @pytest.fixture
@@ -644,8 +644,9 @@ def test_a_state_that_cannot_be_kept_is_refused_before_anything_is_written(folde
 
 def test_a_full_disk_leaves_the_old_state_whole(folder, call, state):
     before = state.read_bytes()
-    with limit("RLIMIT_FSIZE", 500):
-        status, _, err = call(sample, "--model", folder, "--prompt", "other", "--max-new-tokens", 2, "--save-state", state)
+    with full_disk(500):
+        status, _, err = call(sample, "--model", folder, "--prompt", "other", "--max-new-tokens", 2,
+                              "--save-state", state)
     assert status == 1 and "Traceback" not in err
     assert_sentence(err.splitlines()[-1], state)
     assert state.read_bytes() == before and not state.with_name("state.saving").exists()
@@ -658,7 +659,7 @@ def test_a_state_file_for_more_than_one_text_is_refused(folder, refused, tmp_pat
     assert not (tmp_path / "state").exists()
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------
+# Saving.
 
 
 def other_model(**sizes):
@@ -682,14 +683,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, shards, monkeypatch
     if shards:
         small_shards(monkeypatch)
     before = logits(Mamba.from_pretrained(folder))
-    with limit("RLIMIT_FSIZE", 1000):
+    with full_disk(1000):
         save_fault(other_model(), folder)
     assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
     assert not (folder / ".saving").exists()
 
 
 def test_a_first_save_that_fails_leaves_no_checkpoint(tmp_path):
-    with limit("RLIMIT_FSIZE", 1000):
+    with full_disk(1000):
         save_fault(other_model(), tmp_path / "new")
     assert not list(tmp_path.rglob("*.*"))
 
@@ -766,7 +767,7 @@ def test_saving_over_a_checkpoint_in_shards_leaves_none_of_them(folder, monkeypa
     assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(model))
 
 
-# ---- train.py --------------------------------------------------------------------------------------------------------
+# Train.py.
 
 
 @pytest.fixture
@@ -820,10 +821,12 @@ def test_a_folder_of_text_may_hold_what_is_no_file(call, text, tmp_path):
     shutil.copy(text, tmp_path / "notes")
     (tmp_path / "notes" / ".#lock").symlink_to("nowhere")
     os.mkfifo(tmp_path / "notes" / "pipe")
-    writer = threading.Thread(target=lambda: (tmp_path / "notes" / "pipe").write_text("unhang"), daemon=True)
-    writer.start()                                      # so that a reader of the pipe fails here, and does not wait
-    files = [p.name for p in sorted((tmp_path / "notes").rglob("*"))]
-    assert files == [".#lock", "pipe", "text.txt"]
+
+    def write():
+        with contextlib.suppress(OSError):
+            (tmp_path / "notes" / "pipe").write_text("so that who reads the pipe fails here, and does not wait")
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
     assert call(train, "--data", tmp_path / "notes", "--out", tmp_path / "made", *QUICK)[0] == 0
     assert writer.is_alive()                            # nobody read it
     os.close(os.open(tmp_path / "notes" / "pipe", os.O_RDONLY | os.O_NONBLOCK))
@@ -839,7 +842,7 @@ def test_an_unwritable_out_is_refused_before_training(refused, text, tmp_path):
 
 def test_a_full_disk_after_training_leaves_the_old_model_and_tokenizer(folder, call, text):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with limit("RLIMIT_FSIZE", 1000):
+    with full_disk(1000):
         status, _, err = call(train, "--data", text, "--out", folder, *QUICK)
     assert status == 1
     assert_sentence(complaint(err))
@@ -882,10 +885,12 @@ def test_a_start_that_is_missing_or_does_not_fit_is_refused(refused, text, tmp_p
 
 
 @pytest.mark.parametrize("flags", [
-    ["--total-tokens", "-1"], ["--total-tokens", "1.5"], ["--total-tokens", "0"], ["--context", "0"], ["--context", "-1"],
+    ["--total-tokens", "-1"], ["--total-tokens", "1.5"], ["--total-tokens", "0"], ["--context", "0"],
+    ["--context", "-1"],
     ["--batch-start", "0"], ["--batch-end", "0"], ["--batch-start", "-1"], ["--batch-start", str(2**60)],
     ["--lr", "nan"], ["--lr", "-1"], ["--lr", "inf"], ["--lr", "x"], ["--decay-factor", "0"], ["--decay-factor", "nan"],
-    ["--beta1", "1"], ["--beta2", "1"], ["--beta1", "-1"], ["--beta2", "2"], ["--clip", "nan"], ["--weight-decay", "-1"],
+    ["--beta1", "1"], ["--beta2", "1"], ["--beta1", "-1"], ["--beta2", "2"], ["--clip", "nan"],
+    ["--weight-decay", "-1"],
     ["--seed", "-1"], ["--seed", "x"], ["--d-model", "0"], ["--n-layer", "0"], ["--d-state", "0"], ["--d-conv", "0"],
     ["--d-model", "-8"], ["--d-model", "x"], ["--n-layer", "5000"], ["--initializer-range", "0"],
     ["--initializer-range", "5"], ["--initializer-range", "nan"], ["--device", "warp9"], ["--unknown"], ["stray"],
@@ -895,7 +900,8 @@ def test_training_flags_out_of_range_are_refused(untrained, flags):
 
 
 def test_a_learning_rate_that_diverges_ends_in_a_sentence(call, text, tmp_path):
-    status, _, err = call(train, "--data", text, "--out", tmp_path / "made", *QUICK, "--lr", "1e15", "--warmup-tokens", 0)
+    status, _, err = call(train, "--data", text, "--out", tmp_path / "made", *QUICK,
+                          "--lr", "1e15", "--warmup-tokens", 0)
     assert status == 1
     assert_sentence(complaint(err), "--lr")
 
