@@ -67,10 +67,9 @@ class MambaConfig:
     pad_token_id: int = 0
 
     def __post_init__(self):
-        if self.d_inner is None:
-            self.d_inner = 2 * self.d_model
-        if self.dt_rank is None:
-            self.dt_rank = math.ceil(self.d_model / 16)
+        whole = self.d_model if type(self.d_model) is int else 1        # what it is not is said below
+        self.d_inner = 2 * whole if self.d_inner is None else self.d_inner
+        self.dt_rank = -(-whole // 16) if self.dt_rank is None else self.dt_rank
         for f in fields(self):
             value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
             low, high = (0, 2**31) if f.name.endswith("_id") else (1, 2**10 if f.name == "n_layer" else 2**20)
@@ -86,15 +85,17 @@ class MambaConfig:
         """Read a published config.json; CheckpointError if it is missing, broken, or describes another architecture."""
         raw = read_json(path)
         for name, ours in {"model_type": "falcon_mamba", "hidden_act": "silu"}.items():
-            if raw.setdefault(name, "silu") != ours:
-                raise CheckpointError(f"{path} has {name} {raw[name]!r:.50}, but only {ours!r} is Falcon-Mamba's")
+            if raw.get(name, ours if name == "hidden_act" else None) != ours:
+                raise CheckpointError(f"{path} has {name} {raw.get(name)!r:.50}, but only {ours!r} is Falcon-Mamba's")
         config = {f.name: raw.get(PUBLISHED.get(f.name, f.name)) for f in fields(cls)}
         config = {name: value for name, value in config.items() if value is not None}
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {' and '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
         # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, which is 2 x 4096. The size is the truth.
-        if "d_inner" not in config and type(raw.get("expand")) in (int, float) and type(config["d_model"]) is int:
-            config["d_inner"] = int(raw["expand"] * config["d_model"])
+        if "d_inner" not in config and (expand := raw.get("expand")) is not None and type(config["d_model"]) is int:
+            if type(expand) not in (int, float) or not 0 < expand <= 2**20:
+                raise CheckpointError(f"expand is {expand!r:.50}, but must be a number from 0 to {2**20}")
+            config["d_inner"] = int(expand * min(config["d_model"], 2**30))
         if config.get("dt_rank") == "auto":
             del config["dt_rank"]
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
@@ -266,8 +267,8 @@ class Mamba(nn.Module):
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
         wrong = [f"no {name} {[*wanted[name].shape]}" for name in wanted if name not in stored]
-        wrong += [f"an unexpected {name}" for name in stored if name not in wanted]
-        for name in wanted.keys() & stored.keys():
+        wrong += [f"an unexpected {name!r:.80}" for name in stored if name not in wanted]
+        for name in [name for name in wanted if name in stored]:
             found = stored[name].get_slice(name)
             if found.get_shape() != [*wanted[name].shape]:
                 wrong.append(f"{name} {found.get_shape()} where {[*wanted[name].shape]} belongs")
@@ -352,11 +353,11 @@ def read_json(path: Path) -> dict:
 
 def find(source: str | Path) -> Path:
     """The folder of that name or, failing one, the local copy of the hub's repository of that name."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))     # leaves a ~ that it does not know as it is
+    if os.path.isdir(folder):
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise CheckpointError(f"{source} is not a folder; `python train.py` makes one called out")
+    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise CheckpointError(f"{str(source)!r:.200} is not a folder; `python train.py` makes one called out")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
@@ -377,7 +378,7 @@ def open_tensors(folder: Path) -> dict:
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise CheckpointError(f"{index} has no weight_map from tensors to files")
         for name in names.values():
-            if name != Path(name).name or not name.endswith(".safetensors"):
+            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
                 raise CheckpointError(f"{index} points to {name!r:.80}, which is not a safetensors file beside it")
         paths = [folder / name for name in sorted(set(names.values()))]
     stored = {}
