@@ -304,14 +304,28 @@ class Mamba(nn.Module):
             huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
             self.config.to_json(new / "config.json")
             old = {p.name for p in folder.glob("model*.safetensors*")}
-            files = sorted(p.name for p in new.iterdir() if p.name != "config.json")
-            if len(files) > 1 or old - set(files):
-                # Several files cannot change in one move. While they do, no config.json says this is a checkpoint.
-                (folder / "config.json").unlink(missing_ok=True)
-            for name in [*files, "config.json"]:
-                os.replace(new / name, folder / name)
-            for name in old - set(files):
-                (folder / name).unlink()
+            files, config = sorted(p.name for p in new.glob("model*")), folder / "config.json"
+            same = config.is_file() and config.read_bytes() == (new / "config.json").read_bytes()
+            if same and len(files) == 1 and not old - set(files):
+                os.replace(new / files[0], folder / files[0])
+                return
+            # Several files cannot change in one move. While they do, no config.json says this is a checkpoint, and the
+            # old ones wait aside, to come back if a move fails.
+            kept, moved = new / "old", []
+            kept.mkdir()
+            try:
+                for name in ["config.json", *old]:
+                    if (folder / name).exists():
+                        os.replace(folder / name, kept / name)
+                for name in [*files, "config.json"]:
+                    os.replace(new / name, folder / name)
+                    moved.append(folder / name)
+            except BaseException:                              # a Ctrl-C too
+                for path in moved:
+                    path.unlink()
+                for path in sorted(kept.iterdir(), reverse=True):          # config.json last
+                    os.replace(path, folder / path.name)
+                raise
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
