@@ -96,13 +96,20 @@ def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, T
     wanted = {"conv": torch.stack(blank.conv), "ssm": torch.stack(blank.ssm), "last": torch.zeros(1, dtype=torch.int64)}
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            if found != {name: [*tensor.shape] for name, tensor in wanted.items()}:
-                shapes = {name: [*tensor.shape] for name, tensor in wanted.items()}
-                raise CheckpointError(f"{path} holds {found}, but a state of this model is {shapes}")
-            conv, ssm, last = (file.get_tensor(name).to(device, like.dtype) for name, like in wanted.items())
+            if {*file.keys()} != {*wanted}:
+                raise CheckpointError(f"{path} is not a state file, which holds {', '.join(wanted)} and nothing else")
+            found = {name: file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{path} is not a state file: {e}") from e
+    for name, like in wanted.items():
+        tensor = found[name]
+        floats = tensor.is_floating_point() and like.is_floating_point()       # of any size: --dtype may differ
+        if tensor.shape != like.shape or not (floats or tensor.dtype == like.dtype):
+            raise CheckpointError(f"{path} has {name} {[*tensor.shape]} in {tensor.dtype}, but this model's state has "
+                                  f"{[*like.shape]} in {like.dtype}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path} has values of {name} that are not finite")
+    conv, ssm, last = (found[name].to(device, like.dtype) for name, like in wanted.items())
     if not 0 <= last.item() < model.config.vocab_size:
         raise CheckpointError(f"{path} ends in token {last.item()}, but the vocabulary has {model.config.vocab_size}")
     return State([*conv], [*ssm]), last
@@ -110,9 +117,14 @@ def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, T
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's tokens; warns where the tokenizer has none for some of its bytes and leaves them out."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not UTF-8 text") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if (kept := tokenizer.decode(tokens, skip_special_tokens=False)) != prompt:
-        lost = "".join(sorted(set(prompt) - set(kept)))
+    if lost := "".join(sorted(set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False)))):
         print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it", file=sys.stderr)
     return tokens
 
@@ -129,9 +141,14 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     model = Mamba.from_pretrained(folder, args.device, dtype, replace=nf4(args.device) if args.quantize else None)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise CheckpointError(f"{path} has {tokenizer.get_vocab_size()} tokens, but the model {model.config.vocab_size}")
+    if (size := vocabulary(tokenizer)) > model.config.vocab_size:
+        raise CheckpointError(f"{path} has {size} tokens, but the model {model.config.vocab_size}")
     return model, tokenizer
+
+
+def vocabulary(tokenizer: Tokenizer) -> int:
+    """The size a model needs for all its tokens: they may be numbered with gaps."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def nf4(device: torch.device):
@@ -169,7 +186,11 @@ def peak_memory(device: torch.device) -> str:
 
 def run(args: argparse.Namespace) -> None:
     device = args.device
+    if "-" in (args.prompt or []) and sys.stdin is None:
+        raise ValueError("standard input is closed, so --prompt - has nothing to read")
     prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompt or [""]]
+    if not args.load_state and not all(prompts):
+        raise ValueError("a prompt is empty: give at least one character with --prompt")
     start = time.perf_counter()
     model, tokenizer = load(args)
     rows = [encode(tokenizer, prompt) for prompt in prompts]
@@ -179,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
         state = State(*([v.expand(args.num_samples, -1, -1) for v in part] for part in state))
         rows[0].insert(0, last)
     if not all(rows):
-        raise ValueError("a prompt is empty: give at least one character with --prompt")
+        raise ValueError("the tokenizer has no token for any character of a prompt")
     if args.compile:
         compile_blocks()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -232,11 +253,13 @@ def run(args: argparse.Namespace) -> None:
 def number(kind: type, low: float, high: float):
     """An argparse type: a number of that kind from low to high."""
     def parse(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {'whole ' if kind is int else ''}number") from None
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text:.50} is not from {low} to {high}")
         return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
 
 
@@ -244,9 +267,17 @@ def device(text: str) -> torch.device:
     """An argparse type: a device that this machine has."""
     name = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        found = torch.zeros(1, device=name)
+        found.item()            # not on "meta", which keeps no numbers
+        return found.device
     except Exception as e:      # each backend raises its own
-        raise argparse.ArgumentTypeError(f"{name} is not usable here ({str(e).splitlines()[0]}); try cpu") from e
+        why = " ".join(str(e).split())[:200]
+        raise argparse.ArgumentTypeError(f"{name!r:.50} is not usable here ({why}); try cpu") from e
+
+
+def out_of_memory(e: RuntimeError) -> bool:
+    """A GPU's allocator has a class of its own for this; the CPU's raises a plain RuntimeError."""
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
 
 def main() -> None:
@@ -275,10 +306,14 @@ def main() -> None:
         parser.error(f"a state file holds one text, but --num-samples is {args.num_samples}")
     if args.compile and args.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         parser.error("--compile needs a C++ compiler for the CPU, and there is no g++ here")
+    if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
+        parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
     args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
     try:
         run(args)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         sys.exit(f"sample.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try --quantize nf4")
     except (ValueError, OSError) as e:
         sys.exit(f"sample.py: {e}")
