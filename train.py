@@ -13,8 +13,10 @@ Batch size and learning rate are pure functions of the tokens seen so far, so th
 """
 import argparse
 import math
+import os
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -28,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from mamba import CheckpointError, Mamba, MambaConfig, find
-from sample import device, generate, number
+from sample import device, generate, number, out_of_memory, vocabulary
 
 END = "<|endoftext|>"      # closes every document
 
@@ -55,6 +57,9 @@ class Recipe:
     clip: float = flag(1.0, "largest norm of the gradient")                                     # unpublished
     seed: int = flag(0, "of the weights and of the order of the data")
 
+
+LIMITS = {"total_tokens": (1, 2**60), "context": (1, 2**20), "batch_start": (1, 2**20), "batch_end": (1, 2**20),
+          "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "decay_factor": (1, 2**60)}     # of the flags; else from 0
 
 # Ours: a model that learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width, not this.
 TINY = {"d_model": 128, "n_layer": 4, "d_state": 16, "d_conv": 4, "initializer_range": 0.02}
@@ -95,14 +100,15 @@ def standard_library() -> list[Path]:
 
 def read_documents(paths: list[Path], seed: int) -> tuple[list[str], list[str]]:
     """The texts of these files and folders, shuffled -> (for training, held out): every 20th, or the end of a few."""
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = []
+    for path in paths:          # in a folder lie pipes and dangling links too
+        files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
     texts = []
     for file in files:
-        if not file.is_dir():
-            try:
-                texts.append(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                print(f"skipping {file}: it is not UTF-8 text", file=sys.stderr)
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            print(f"skipping {file}: it is not UTF-8 text", file=sys.stderr)
     texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)) if texts[i]]
     if len(texts) >= 20:
         return [text for i, text in enumerate(texts) if i % 20], texts[::20]
@@ -112,7 +118,7 @@ def read_documents(paths: list[Path], seed: int) -> tuple[list[str], list[str]]:
 class Rows:
     """Documents packed end to end and cut into rows of `context` tokens, in a random order that the seed fixes."""
 
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, recipe: Recipe, wanted: int):
+    def __init__(self, what: str, texts: list[str], tokenizer: Tokenizer, recipe: Recipe, wanted: int):
         """Tokenizes as many documents as `wanted` tokens take."""
         tokens, starts, end = [], [], tokenizer.token_to_id(END)
         for i in range(0, len(texts), 32):
@@ -123,7 +129,8 @@ class Rows:
                 break
         self.context, count = recipe.context, (len(tokens) - 1) // recipe.context
         if count < 1:
-            raise ValueError(f"the text has {len(tokens)} tokens, fewer than one row of --context {recipe.context}")
+            raise ValueError(f"the text {what} has {len(tokens)} tokens, "
+                             f"fewer than one row of --context {recipe.context}")
         self.tokens, self.starts = torch.tensor(tokens), torch.tensor(starts)
         self.order = np.random.default_rng(recipe.seed).permutation(count)
 
@@ -183,29 +190,47 @@ def train(model: Mamba, recipe: Recipe, data: Rows, device: torch.device) -> Ite
                "batch_size": size, "tokens_per_s": size * recipe.context / (time.perf_counter() - start)}
 
 
+def save(model: Mamba, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write both, or neither."""
+    new = folder / ".tokenizer.json"
+    try:
+        new.write_text(tokenizer.to_str(), encoding="utf-8")
+        model.save_pretrained(folder)
+        os.replace(new, folder / "tokenizer.json")
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def run(args: argparse.Namespace, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
     folder = find(args.init_from) if args.init_from else None
     path = args.tokenizer or (folder / "tokenizer.json" if folder else None)
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
     except Exception as e:      # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     if tokenizer.token_to_id(END) is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")
     if folder:
         model = Mamba.from_pretrained(folder, args.device, torch.float32)
-        if tokenizer.get_vocab_size() > model.config.vocab_size:
-            raise ValueError(f"{path} has {tokenizer.get_vocab_size()} tokens, but {folder} only "
+        if vocabulary(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"{path} has {vocabulary(tokenizer)} tokens, but {folder} only "
                              f"{model.config.vocab_size}; leave --tokenizer out to keep the checkpoint's own")
     else:
-        sizes = {name: getattr(args, name) or default for name, default in TINY.items()}
-        model = Mamba(MambaConfig(**sizes, vocab_size=tokenizer.get_vocab_size(),
+        sizes = TINY | {name: getattr(args, name) for name in TINY if getattr(args, name) is not None}
+        model = Mamba(MambaConfig(**sizes, vocab_size=vocabulary(tokenizer),
                                   eos_token_id=tokenizer.token_to_id(END))).to(args.device)
     texts, held_out = read_documents(args.data or standard_library(), recipe.seed)
-    data = Rows(texts, tokenizer, recipe, recipe.total_tokens)
-    validation = Rows(held_out, tokenizer, recipe, 128 * recipe.context)
+    data = Rows("to train on", texts, tokenizer, recipe, recipe.total_tokens)
+    validation = Rows("held out", held_out, tokenizer, recipe, 128 * recipe.context)
+    args.out.mkdir(parents=True, exist_ok=True)     # what cannot be written is found out now, not after the training
+    with tempfile.TemporaryFile(dir=args.out):
+        pass
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        if (args.out / name).is_dir():
+            raise ValueError(f"{args.out / name} is a folder, where the model's file of that name belongs")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, d_model {model.config.d_model}, "
           f"{model.config.n_layer} layers; {len(data.tokens):,} tokens of text, on {args.device}; {recipe}")
 
@@ -216,8 +241,7 @@ def run(args: argparse.Namespace, recipe: Recipe) -> None:
                   "{tokens_per_s:.0f} tok/s".format(**row), f"| {row['tokens'] / recipe.total_tokens:.0%}")
     except KeyboardInterrupt:
         print("interrupted: saving the model as it is", file=sys.stderr)
-    tokenizer.save(str(args.out / "tokenizer.json"))
-    model.save_pretrained(args.out)
+    save(model, tokenizer, args.out)
     print(f"held-out loss {held_out_loss(model, validation, args.device):.4f} nats per token, "
           f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
     prompt = tokenizer.encode("def ", add_special_tokens=False).ids
@@ -237,20 +261,25 @@ def main() -> None:
     add("--init-from", metavar="MODEL", help="folder or hub id to start from (default: fresh weights)")
     add("--device", type=device, default="auto", help="cpu, cuda ... (default: cuda if there is one)")
     for f in fields(Recipe):
-        kind = number(f.type, 0, 2**60)
+        low, high = LIMITS.get(f.name, (0, 2**60))
+        kind = number(f.type, low, high)
         add("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f.metadata["help"] + " (default %(default)s)")
     for name, default in TINY.items():
         add("--" + name.replace("_", "-"), type=number(type(default), 0, 2**20), help=f"of a fresh model (default {default})")
     args = parser.parse_args()
-    if given := [name for name in TINY if getattr(args, name) and args.init_from]:
+    if given := [name for name in TINY if getattr(args, name) is not None and args.init_from]:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(given)}")
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     try:
         run(args, recipe)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         sys.exit(f"train.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try a smaller --batch-end")
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
