@@ -1,0 +1,7 @@
+"""What all tests share: the project's files can be imported, and nothing reaches the network."""
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"

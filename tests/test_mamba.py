@@ -1,0 +1,140 @@
+"""The model: equal to the reference, to itself in pieces, and to what it saved."""
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mamba import CheckpointError, Mamba, MambaConfig, State
+
+TINY = dict(vocab_size=101, d_model=16, n_layer=3, d_state=5, d_conv=4, dt_rank=3)
+
+
+def tiny(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = Mamba(MambaConfig(**TINY | changes)).eval()
+    with torch.no_grad():       # no parameter at a value, 0 or 1, that would hide a missing one
+        for name, p in model.named_parameters():
+            if p.dim() == 1 and "dt_proj" not in name:
+                p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"bias": True, "conv_bias": False},
+                                     {"d_inner": 24, "d_conv": 2, "mixer_norm_eps": 1e-2}])
+def test_transformers_loads_what_we_save_and_agrees(tmp_path, changes):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with the reference")
+    model = tiny(**changes)
+    model.save_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    x = tokens(2, 37)
+    with torch.no_grad():
+        assert_close(model(x)[0], reference(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_agree_with_the_reference(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with the reference")
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    x = tokens(2, 20)
+    model(x)[0].logsumexp(-1).sum().backward()
+    reference(x).logits.logsumexp(-1).sum().backward()
+    theirs = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-3 * theirs[name].grad.abs().max().item(), msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[1] * 23, [22, 1], [1, 22], [2, 3, 18], [17, 6]])
+def test_reading_in_pieces_is_reading_at_once(cuts):
+    model, x = tiny(), tokens(2, 23)
+    whole, end = model(x)
+    parts, state = [], None
+    for piece in x.split(cuts, 1):
+        logits, state = model(piece, state)
+        parts.append(logits)
+    assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip([*state.conv, *state.ssm], [*end.conv, *end.ssm]):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_unequal_prompts_in_a_batch_equal_each_alone():
+    model, prompts = tiny(), [tokens(1, n, seed=n) for n in (1, 2, 4, 11)]
+    batch = torch.cat([torch.cat([tokens(1, 11 - p.shape[1], seed=99), p], 1) for p in prompts])
+    reset = torch.zeros_like(batch, dtype=torch.bool)
+    for row, p in enumerate(prompts):
+        reset[row, 11 - p.shape[1]] = True
+    logits, state = model(batch, reset=reset)
+    after, _ = model(tokens(4, 1, seed=7), state)
+    for row, p in enumerate(prompts):
+        alone, own = model(p)
+        assert_close(logits[row, -p.shape[1]:], alone[0], rtol=1e-4, atol=1e-4)
+        assert_close(after[row], model(tokens(4, 1, seed=7)[row:row + 1], own)[0][0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_leak():
+    model, first, second = tiny(), tokens(1, 9), tokens(1, 8, seed=1)
+    reset = torch.zeros(1, 17, dtype=torch.bool)
+    reset[0, 9] = True
+    logits, _ = model(torch.cat([first, second], 1), reset=reset)
+    other, _ = model(torch.cat([tokens(1, 9, seed=5), second], 1), reset=reset)
+    assert torch.equal(logits[:, 9:], other[:, 9:])
+    assert_close(logits[:, 9:], model(second)[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_state_handed_in_is_left_as_it_was():
+    model = tiny()
+    _, state = model(tokens(1, 5))
+    copy = State([v.clone() for v in state.conv], [v.clone() for v in state.ssm])
+    model(tokens(1, 1), state)
+    model(tokens(1, 6), state)
+    for v, w in zip([*state.conv, *state.ssm], [*copy.conv, *copy.ssm]):
+        assert torch.equal(v, w)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}])
+def test_saved_and_loaded_is_the_same_bits(tmp_path, changes):
+    model = tiny(**changes)
+    model.save_pretrained(tmp_path / "m")
+    again = Mamba.from_pretrained(tmp_path / "m")
+    assert again.config == model.config
+    with torch.no_grad():
+        assert torch.equal(again(tokens(1, 9))[0], model(tokens(1, 9))[0])
+
+
+def test_what_is_small_and_exact_stays_fp32_in_bf16(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    mixer = model.backbone.layers[0].mixer
+    assert mixer.in_proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in (mixer.A_log, mixer.D, mixer.conv1d.weight, mixer.dt_proj.bias)} == {torch.float32}
+    logits, state = model(tokens(1, 4))
+    assert logits.dtype == state.ssm[0].dtype == torch.float32
+
+
+def test_the_published_config_with_its_wrong_expand_loads(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "falcon_mamba", "hidden_size": 4096, "expand": 16, "vocab_size": 65024,
+                                "intermediate_size": 8192, "num_hidden_layers": 64, "time_step_rank": "auto",
+                                "tie_word_embeddings": False}))
+    config = MambaConfig.from_json(path)
+    assert config == MambaConfig() and (config.d_inner, config.dt_rank) == (8192, 256)
+
+
+def test_the_7b_has_7272665088_parameters_in_643_tensors():
+    with torch.device("meta"):
+        parameters = dict(Mamba(MambaConfig()).named_parameters())
+    assert len(parameters) == 643 and sum(p.numel() for p in parameters.values()) == 7_272_665_088
+
+
+def test_an_odd_size_is_refused():
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        MambaConfig(d_model=-1)
