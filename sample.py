@@ -24,6 +24,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from mamba import Block, CheckpointError, Mamba, State, find
+from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough to keep the matrix products busy, and memory small
 
@@ -205,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
         compile_blocks()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{args.model}: {weights / 1e9:.2f} GB of weights on {device}, {model.lm_head.weight.dtype}, scan: "
-          f"chunked; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+          f"{default_backend(device, 2)}; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
     prompts, rows = prompts * args.num_samples, rows * args.num_samples
     longest, reset = max(map(len, rows)), None

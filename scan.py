@@ -11,10 +11,11 @@ the token in, a short one passes over it. Eq. 4 would also scale B; Mamba's own 
 This file says the recurrence three times, with one signature and the same numbers: as a loop (`naive`, the
 definition), in log2(l) parallel steps (`parallel`), and chunk by chunk with a backward derived by hand (`chunked`,
 the one to train with on a CPU). `python scan.py` prints the error and the time of each; pytest tests/test_scan.py
-holds them to a float64 loop. Next: mamba.py, which wraps a model around it.
+holds them to a float64 loop. Next: scan_triton.py, the same for a GPU, or mamba.py, the model around it.
 
 Sizes in the shape comments: b batch, l length, d channels (the model's d_inner), n numbers of state a channel (d_state).
 """
+import importlib.util
 import math
 import time
 
@@ -41,8 +42,13 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {[*tensor.shape]}, but x {[b, l, d]} and A {[d, n]} ask for {[*shape]}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend not in ("auto", "triton", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is none of auto, triton, {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = default_backend(x.device, l)
+    if backend == "triton":
+        from scan_triton import selective_scan as fused      # here, so that a machine without a GPU needs no Triton
+        return fused(x, dt, A, B, C, D, z, dt_bias, h0, reset)
 
     signal = x.float()
     delta = F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
@@ -184,12 +190,14 @@ def chunked(x, delta, A, B, C, h0, reset):
     return Chunked.apply(x, delta, A, B, C, h0, reset)
 
 
-def auto(*args):
-    """What runs by default: a single token needs no chunks."""
-    return (naive if args[0].shape[1] == 1 else chunked)(*args)
+def default_backend(device: torch.device, l: int) -> str:
+    """What `auto` runs: Triton's kernels on a GPU; on a CPU the chunks, of which a single token needs none."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        return "triton"
+    return "naive" if l == 1 else "chunked"
 
 
-BACKENDS = {"auto": auto, "naive": naive, "parallel": parallel, "chunked": chunked}
+BACKENDS = {"naive": naive, "parallel": parallel, "chunked": chunked}
 
 
 if __name__ == "__main__":

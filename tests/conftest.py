@@ -5,3 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+if not torch.cuda.is_available():   # Triton reads this when its kernels are decorated, so before its first import
+    os.environ["TRITON_INTERPRET"] = "1"

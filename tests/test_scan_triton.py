@@ -1,0 +1,299 @@
+"""The Triton scan against the recurrence, written once more here as a loop in float64.
+
+Without a GPU the kernels run in Triton's interpreter, one Python step for each GPU step, so all shapes are tiny. With
+one, the same tests run compiled. Tolerances are relative to the largest value of what is compared, per dtype.
+"""
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings, strategies as some
+from torch.nn.functional import silu, softplus
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:    # Triton reads this when a kernel is decorated, its own library's included: so before its first import
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this file before triton"
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import scan_triton
+from scan_triton import selective_scan
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}    # in 16 bits: the last bit
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: graphs and timing have no interpreter")
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0")
+
+
+def loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
+    """The definition. Every tensor in float64."""
+    h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0
+    delta = softplus(dt if dt_bias is None else dt + dt_bias)
+    ys = []
+    for t in range(x.shape[1]):
+        if reset is not None:
+            h = h * ~reset[:, t, None, None]
+        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None]    # (b, d, n)
+        ys.append((h * C[:, t, None]).sum(-1))                                                              # (b, d)
+        if D is not None:
+            ys[-1] = ys[-1] + D * x[:, t]
+        if z is not None:
+            ys[-1] = ys[-1] * silu(z[:, t])
+    return torch.stack(ys, 1), h
+
+
+def problem(b, l, d, n, seed=0, dtype=torch.float32, without=()):
+    """Random inputs that require gradients; x, dt, z, B and C in `dtype`."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = dict(x=(b, l, d), dt=(b, l, d), B=(b, l, n), C=(b, l, n), D=(d,), z=(b, l, d), dt_bias=(d,), h0=(b, d, n))
+    p = {k: torch.randn(s, generator=g) for k, s in shapes.items() if k not in without}
+    p["A"] = -torch.rand(d, n, generator=g) * 4 - 0.01
+    low = ("x", "dt", "z", "B", "C")
+    return {k: v.to(DEVICE, dtype if k in low else torch.float32).requires_grad_() for k, v in p.items()}
+
+
+def some_resets(b, l, seed=0, share=0.2):
+    return (torch.rand(b, l, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
+
+
+@contextmanager
+def in_chunks(k):
+    """Force the number of chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_triton, "chunk_count", lambda b, l, d, sm_count: k)
+        yield patch
+
+
+def results(scan, p, reset, seed=0):
+    """y, h and the gradients of a loss that weighs every y and every h."""
+    g = torch.Generator().manual_seed(seed + 1)
+    y, h = scan(**p, reset=reset)
+    weights = [torch.randn(t.shape, generator=g).bfloat16().to(DEVICE, h.dtype) for t in (y, h)]    # exact in each dtype
+    grads = torch.autograd.grad((y.to(h.dtype) * weights[0]).sum() + (h * weights[1]).sum(), list(p.values()))
+    return dict(y=y, h=h, **{"d" + k: v for k, v in zip(p, grads)})
+
+
+def check(p, reset=None, seed=0, tolerance=None):
+    dtype = p["x"].dtype
+    ours = results(selective_scan, p, reset, seed)
+    exact = results(loop, {k: v.detach().double().requires_grad_() for k, v in p.items()}, reset, seed)
+    for name in exact:
+        own = p[name[1:]].dtype if name[1:] in p else dtype if name == "y" else torch.float32
+        assert ours[name].dtype == own and ours[name].shape == exact[name].shape
+        error = (ours[name].double() - exact[name]).abs().max() / exact[name].abs().max().clamp(min=1e-6)
+        assert error <= (tolerance or TOLERANCE[own]), f"{name}: error {error:.1e}"
+    return ours
+
+
+sizes = dict(b=some.integers(1, 2), l=some.integers(1, 14), d=some.integers(1, 40), n=some.integers(1, 6),
+             k=some.integers(1, 4), seed=some.integers(0, 999))
+
+quick = settings(deadline=None, derandomize=True, phases=[Phase.generate])    # shrinking takes minutes in the interpreter
+
+
+@settings(quick, max_examples=9)
+@given(**sizes, resets=some.sampled_from([0.0, 0.3, 1.0]), dtype=some.sampled_from(list(TOLERANCE)))
+def test_values_and_gradients_are_the_float64_loops(b, l, d, n, k, seed, resets, dtype):
+    with in_chunks(k):
+        check(problem(b, l, d, n, seed, dtype), some_resets(b, l, seed, resets), seed)
+
+
+@settings(quick, max_examples=4)
+@given(**sizes, without=some.sets(some.sampled_from(["D", "z", "dt_bias", "h0"]), min_size=1))
+def test_every_option_may_be_left_out(b, l, d, n, k, seed, without):
+    with in_chunks(k):
+        check(problem(b, l, d, n, seed, without=without), None, seed)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("places", [[0], [11], [3], [4], [5, 6], [7, 8], list(range(12))], ids=str)
+def test_a_document_may_start_at_any_step_of_a_chunk(places, k):
+    reset = torch.zeros(1, 12, dtype=torch.bool, device=DEVICE)
+    reset[:, places] = True
+    with in_chunks(k):
+        check(problem(1, 12, 2, 2), reset)
+
+
+def test_a_reset_forgets_everything():
+    p, reset = problem(1, 9, 2, 2), torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
+    reset[:, 5] = True
+    with in_chunks(2), torch.no_grad():
+        y, h = selective_scan(**p, reset=reset)
+        late = {k: v[:, 5:] if k in ("x", "dt", "B", "C", "z") else v for k, v in p.items() if k != "h0"}
+        y_alone, h_alone = selective_scan(**late)
+    assert torch.equal(h, h_alone) or (h - h_alone).abs().max() < 1e-6
+    assert (y[:, 5:] - y_alone).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shift", [-30.0, -8.0, 30.0])
+def test_tiny_and_huge_steps_keep_their_digits(shift):
+    p = problem(1, 6, 2, 3)
+    p["dt"] = (p["dt"].detach() + shift).requires_grad_()
+    with in_chunks(2):
+        check(p)
+
+
+def test_the_number_of_chunks_changes_nothing():
+    p, reset, got = problem(2, 13, 3, 3), some_resets(2, 13), []
+    for k in (1, 2, 4):
+        with in_chunks(k):
+            got.append(results(selective_scan, p, reset))
+    for name in got[0]:
+        for other in got[1:]:
+            assert (got[0][name] - other[name]).abs().max() <= 1e-5 * got[0][name].abs().max(), name
+
+
+def test_two_runs_give_the_same_bits():
+    p = problem(1, 9, 35, 3)
+    with in_chunks(2):
+        first, second = (results(selective_scan, p, None) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_backward_in_slices_of_channels_is_the_backward():
+    p, reset = problem(1, 6, 70, 2), some_resets(1, 6)
+    with in_chunks(2) as patch:
+        patch.setattr(scan_triton, "SCRATCH", 1)      # 32 channels at a time, then 6
+        check(p, reset)
+
+
+def test_slices_of_projections_are_read_where_they_lie():
+    p = problem(2, 6, 4, 2)
+    xz = torch.cat([p["x"], p["z"]], 2).detach().requires_grad_()
+    rest = torch.cat([p["dt"], p["B"], p["C"]], 2).detach().requires_grad_()
+    strided = dict(p, x=xz[..., :4], z=xz[..., 4:], dt=rest[..., :4], B=rest[..., 4:6], C=rest[..., 6:])
+    assert scan_triton.prepare(4, *(strided[k] for k in NAMES[:-1]), None)[0][0].data_ptr() == xz.data_ptr()
+    backwards = dict(p, x=p["x"].detach().flip(2).transpose(1, 2).contiguous().transpose(1, 2).flip(2).requires_grad_())
+    with in_chunks(2):
+        plain = results(selective_scan, p, None)
+        for inputs in (strided, backwards):
+            other = results(selective_scan, inputs, None)
+            assert all(torch.equal(plain[k], other[k]) for k in plain)
+
+
+def test_memory_that_was_never_written_is_never_read(monkeypatch):
+    real = torch.empty
+
+    def poisoned(*args, **kwargs):
+        t = real(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with in_chunks(2):
+        check(problem(2, 7, 33, 3), some_resets(2, 7))
+
+
+def test_a_sequence_of_nan_stays_alone_in_its_batch():
+    p = problem(2, 5, 2, 2)
+    with torch.no_grad():
+        for k in ("x", "dt", "B", "C", "z"):
+            p[k][1] = float("nan")
+    with in_chunks(2):
+        got = results(selective_scan, p, None)
+    assert not any(got[k][0].isnan().any() for k in ("y", "h", "dx", "ddt", "dB", "dC", "dz", "dh0"))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_one_token_is_a_scan_of_one_step(dtype):
+    p = {k: v.detach() for k, v in problem(2, 1, 35, 3, dtype=dtype).items()}
+    reset = torch.tensor([[True], [False]], device=DEVICE)
+    for r in (None, reset):
+        y, h = selective_scan(**p, reset=r)                        # goes to step_kernel
+        y_scan, h_scan, _ = scan_triton.scan(*(p[k] for k in NAMES), r)
+        assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
+        assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()
+        in_place = p["h0"].clone()
+        y_in_place = scan_triton.step(*(p[k] for k in NAMES[:5]), in_place, p["D"], p["z"], p["dt_bias"], reset=r)
+        assert torch.equal(in_place, h) and torch.equal(y_in_place, y)
+    y, h = selective_scan(*(p[k] for k in NAMES[:5]))              # from no state, without options
+    assert (h - scan_triton.scan(*(p[k] for k in NAMES[:5]), *[None] * 5)[1]).abs().max() <= 1e-6
+
+
+def test_one_token_with_gradients_takes_the_scan():
+    check(problem(2, 1, 3, 2), some_resets(2, 1, share=0.5))
+
+
+def test_no_gradient_flows_through_what_was_not_used():
+    p = problem(1, 5, 2, 2)
+    y, h = selective_scan(**p)
+    for out in (y, h):
+        grads = torch.autograd.grad(out.sum(), list(p.values()), retain_graph=True, allow_unused=True)
+        exact = torch.autograd.grad(loop(**p)[0 if out is y else 1].sum(), list(p.values()), allow_unused=True)
+        for mine, right in zip(grads, exact):
+            right = torch.zeros_like(mine) if right is None else right
+            assert (mine - right).abs().max() <= 1e-5 * max(right.abs().max(), 1e-3)
+
+
+def test_the_operators_are_good_citizens():
+    p = problem(1, 5, 3, 2)
+    reset = some_resets(1, 5)
+    inputs = [p[k] for k in NAMES]
+    with in_chunks(2):
+        torch.library.opcheck(scan_triton.scan, (*inputs, reset))
+        plain = [t.detach() for t in inputs]
+        y, h, enter = scan_triton.scan(*plain, reset)
+        torch.library.opcheck(scan_triton.scan_backward, (*plain, reset, enter, y, h))
+    token = [t[:, :1] if t.dim() == 3 and k != "h0" else t for k, t in zip(NAMES, plain)]
+    torch.library.opcheck(scan_triton.step, (*token[:5], plain[8].clone(), *token[5:8]))
+
+
+def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
+    from torch.utils.checkpoint import checkpoint
+    p = problem(1, 5, 3, 2)
+    reference = results(selective_scan, p, None)
+
+    def checkpointed(reset, **p):
+        return checkpoint(lambda *a: selective_scan(*a), *(p[k] for k in NAMES), use_reentrant=False)
+
+    compiled = torch.compile(lambda reset, **p: selective_scan(**p), fullgraph=True, backend="aot_eager")
+    for scan in (checkpointed, compiled):
+        got = results(scan, p, None)
+        assert all(torch.equal(got[k], reference[k]) for k in reference)
+
+
+def test_chunks_are_counted_from_the_sizes():
+    count = scan_triton.chunk_count
+    assert count(1, 8192, 8192, 132) == 33                # the 7B, one sequence, H100: 64 warps an SM
+    assert count(8, 8192, 8192, 132) == 1                 # eight sequences fill it alone
+    assert count(1, 100, 8192, 132) == 1                  # too short to cut
+    assert count(1, 10**6, 1, 132) == 10**6 // 128        # one channel: as many as may be
+    for b, l, d in ((1, 8192, 8192), (1, 2048, 8192), (2, 10**6, 8192), (1, 333, 64), (4, 4096, 1536)):
+        assert count(b, l, d, 132) * 4 * 16 <= l * 2 / 4 or count(b, l, d, 132) == 1    # bytes kept, of x's in bf16
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused_in_a_sentence():
+    code = ("import torch; from scan_triton import selective_scan as f; x = torch.ones(1, 2, 3)\n"
+            "try: f(x, x, -torch.ones(3, 2), x[..., :2], x[..., :2])\nexcept ValueError as e: print(e)")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(scan_triton.__file__).parent)
+    assert "needs CUDA tensors" in out.stdout and "TRITON_INTERPRET=1" in out.stdout and out.stdout.count("\n") == 1
+
+
+def test_without_triton_the_reader_is_told_what_to_install():
+    code = "import sys; sys.modules['triton'] = None\ntry: import scan_triton\nexcept ImportError as e: print(e)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(scan_triton.__file__).parent)
+    assert "pip install triton" in out.stdout and out.stdout.count("\n") == 1
+
+
+@needs_gpu
+def test_on_the_device_real_sizes_agree_too():
+    p = problem(1, 600, 96, 16, dtype=torch.bfloat16)
+    check(p, some_resets(1, 600, share=0.01), tolerance=2e-2)
+
+
+@needs_gpu
+def test_a_replayed_graph_decodes_as_eager_does():
+    p = {k: v.detach() for k, v in problem(2, 1, 256, 16, dtype=torch.bfloat16).items()}
+    state, eager = p["h0"].clone(), p["h0"].clone()
+    inputs = [p[k] for k in NAMES[:5]], [p[k] for k in NAMES[5:8]]
+    scan_triton.step(*inputs[0], torch.empty_like(state), *inputs[1], h0=state)      # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = scan_triton.step(*inputs[0], state, *inputs[1])
+    for token in range(4):
+        p["x"].copy_(torch.randn(p["x"].shape))
+        graph.replay()
+        assert torch.equal(y, scan_triton.step(*inputs[0], eager, *inputs[1])) and torch.equal(state, eager)

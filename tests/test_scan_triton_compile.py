@@ -1,0 +1,63 @@
+"""The Triton kernels compiled for GPUs that are not here: nothing spills, and the inner loops stay lean.
+
+Compilation needs Triton without its interpreter, so one process of its own counts everything, once.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LABELS = ("pass 1: reduce", "pass 2: carry", "pass 3: scan", "backward: replay", "backward: carry", "backward: adjoint",
+          "one token: step")
+#         most registers, instructions and MUFU per state update on an H100: what was counted, and a little room
+BOUNDS = {"pass 1: reduce": (80, 6.6, 1.13), "pass 3: scan": (96, 9.8, 1.26), "backward: replay": (170, 14.5, 1.26),
+          "backward: adjoint": (255, 32.0, 2.4)}
+
+
+@pytest.fixture(scope="module")
+def report():
+    code = ("import json, sys; sys.path[:0] = ['tests', '.']; import triton_report as r\n"
+            "found = [(k, t, z, r.count(k, t, z)) for k in r.KERNELS for t in r.TARGETS for z in (False, True)\n"
+            "         if not z or t == 'sm_90' and 'carry' not in k]\n"
+            "ms = {k: max(r.estimate(k, c).values()) for k, t, z, c in found if t == 'sm_90' and not z and k in r.traffic()}\n"
+            "ms['backward: sums'] = r.estimate('backward: sums', {})['HBM']\n"
+            "print(json.dumps(dict(found=found, ms=ms, memory=r.memory())))")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=HERE.parent)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(report):
+    return {(label, target, reset): counts for label, target, reset, counts in report["found"]}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
+@pytest.mark.parametrize("label", LABELS)
+def test_nothing_spills(found, label, target):
+    for reset in (False, True):
+        counts = found.get((label, target, reset), dict(STACK=0, LOCAL=0))     # with resets: counted on sm_90
+        assert counts["STACK"] == 0 and counts["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("label", BOUNDS)
+def test_the_inner_loop_stays_lean(found, label):
+    registers, instructions, mufu = BOUNDS[label]
+    counts = found[label, "sm_90", False]
+    assert counts["REG"] <= registers and counts["issue"] <= instructions and counts["MUFU"] <= mufu
+    assert counts["MUFU"] >= 1, "the loop that was counted is not the inner loop"
+
+
+def test_one_layer_of_the_7b_is_estimated_within_its_budget(report):
+    forward = sum(ms for label, ms in report["ms"].items() if "backward" not in label)
+    assert forward < 0.8 and sum(report["ms"].values()) < 2.8
+
+
+def test_the_backward_keeps_and_borrows_little_memory(report):
+    kept, scratch = report["memory"]
+    assert kept <= 2 * 8192 * 8192 / 4 and scratch <= 600e6

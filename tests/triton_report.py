@@ -1,0 +1,241 @@
+"""What the Triton kernels cost, found without a GPU: `python scan_triton.py` prints it, test_scan_triton_compile.py bounds it.
+
+Each kernel is compiled ahead of time with the 7B's constants. The registers and the machine code are then read back
+with the cuobjdump and nvdisasm that come in Triton's wheel, and the instructions of the inner loop are counted. From
+these, and from the bytes a kernel must move, follows an estimate: the slowest of four resources of an H100 SXM.
+"""
+import os
+import re
+import subprocess
+import tempfile
+import weakref
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import scan_triton as st
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
+SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
+LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
+
+FP32, BF16, INT = "*fp32", "*bf16", "i32"
+ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}    # in bf16; the rest is fp32
+KERNELS = {                                 # label: kernel, its constants beyond those in build, warps
+    "pass 1: reduce": ("scan_kernel", dict(enter_ptr=None, y_ptr=None), 1),
+    "pass 2: carry": ("carry_kernel", dict(final_ptr=None, FROM_END=False, ELEMENTS=128), 4),
+    "pass 3: scan": ("scan_kernel", dict(decay_ptr=None), 1),
+    "backward: replay": ("replay_kernel", {}, 1),
+    "backward: carry": ("carry_kernel", dict(FROM_END=True, ELEMENTS=128), 4),
+    "backward: adjoint": ("adjoint_kernel", {}, 1),
+    "one token: step": ("step_kernel", {}, 1),
+}
+
+
+def build(label: str, target: str, reset: bool = False):
+    """Compile one kernel with the 7B's constants, for x and z that are halves of one projection's output."""
+    name, constants, warps = KERNELS[label]
+    kernel = getattr(st, name)
+    constants = dict(constants, N=n, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
+    if name == "step_kernel":
+        constants.update(n=n)
+    else:
+        constants.update(d=d, x_row=2 * d, dt_row=d, z_row=2 * d, dy_row=d)
+    if not reset:
+        constants.update(reset_ptr=None)
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    kinds = {k: INT if not k.endswith("_ptr") else "*u8" if k == "reset_ptr" else BF16 if k in ROWS else FP32
+             for k in kernel.arg_names}
+    signature = {k: "constexpr" if k in constants else kinds[k] for k in kernel.arg_names}
+    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what Triton finds out for itself at a launch
+               if p.name.endswith("_ptr") and p.name not in constants and not p.do_not_specialize_on_alignment}
+    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+                          target=TARGETS[target], options={"num_warps": warps})
+
+
+def tool(name: str, *args: str) -> str:
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
+    """Registers, stack, spills and shared memory, and the instructions of the longest loop per state update."""
+    compiled = build(label, target, reset)
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        return {k: int(re.search(rf"\.{v}:\s+(\d+)", text).group(1)) for k, v in
+                dict(REG="vgpr_count", STACK="private_segment_fixed_size", LOCAL="vgpr_spill_count",
+                     SHARED="group_segment_fixed_size").items()}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name)))
+        code = tool("nvdisasm", "-c", f.name)
+    instructions, labels, loop = [], {}, []
+    for line in code.splitlines():
+        if m := re.match(r"\s*(\.L\w+):", line):
+            labels[m.group(1)] = len(instructions)
+        elif m := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*);", line):
+            instructions.append(m.group(1).split(".")[0])
+            target_label = re.search(r"`\((\.L\w+)\)", m.group(2))
+            start = labels.get(target_label.group(1)) if instructions[-1] == "BRA" and target_label else None
+            if start is not None and len(instructions) - start > len(loop) and start < len(instructions) - 1:
+                loop = instructions[start:]
+    updates = n * st.STEPS                  # of each thread, in one turn of the loop
+    found = {k: int(v) for k, v in usage.items()}
+    if "carry" not in label and "step" not in label:
+        found.update(issue=len(loop) / updates, MUFU=loop.count("MUFU") / updates, SHFL=loop.count("SHFL") / updates)
+    return found
+
+
+def chunks() -> int:
+    chunk = triton.cdiv(l, st.chunk_count(b, l, d, SMS) * st.STEPS) * st.STEPS
+    return triton.cdiv(l, chunk)
+
+
+def traffic() -> dict:
+    """Bytes each kernel must move to and from HBM. B, C and the like are small, and stay in the caches."""
+    row, states = 2 * b * l * d, 4 * b * d * n            # x in bf16; all states at one time, in fp32
+    blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * d // st.CHANNELS
+    return {"pass 1: reduce": 2 * row + 2 * chunks() * states, "pass 2: carry": 3 * chunks() * states,
+            "pass 3: scan": 4 * row + chunks() * states, "backward: replay": 5 * row + blocks + 3 * chunks() * states,
+            "backward: carry": 3 * chunks() * states, "backward: adjoint": 6 * row + blocks + sums + 2 * chunks() * states,
+            "backward: sums": sums + chunks() * states}
+
+
+def estimate(label: str, found: dict) -> dict:
+    """Milliseconds that each resource needs for one layer, at the least; the kernel takes as long as the slowest."""
+    ms = {"HBM": traffic()[label] / HBM * 1e3}
+    for kind, lanes in LANES.items():
+        ms[kind] = b * l * d * n * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3
+    return ms
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes that are alive, and their peak, of the tensors made inside."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.seen:
+                storage = t.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def drop(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def memory() -> tuple[int, int]:
+    """Bytes that the 7B's layer keeps from forward to backward beyond its inputs, and the backward's scratch at its peak,
+    beyond the gradients: measured on meta tensors, which have a size and no data."""
+    class Stub:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    real = {name: getattr(st, name) for name in ("replay_kernel", "carry_kernel", "adjoint_kernel")}
+    for name in real:
+        setattr(st, name, Stub())
+    try:
+        with Live() as live:
+            wide = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+            x, dt, z, dy, B, C = *(wide(b, l, d) for _ in range(4)), wide(b, l, n), wide(b, l, n)
+            A, D, bias = (torch.empty(s, device="meta") for s in ((d, n), (d,), (d,)))
+            enter = torch.empty(b, chunks(), n, d, device="meta")
+            before = live.now
+            grads = st.scan_backward._init_fn(x, dt, A, B, C, D, z, bias, None, None, enter, dy, None)
+            return enter.nbytes, live.peak - before - sum(g.nbytes for g in grads)
+    finally:
+        for name, kernel in real.items():
+            setattr(st, name, kernel)
+
+
+def measured() -> None:
+    """On a GPU: medians of CUDA events over eight sets of inputs, and mamba_ssm's kernel beside, if it is there."""
+    def sets():
+        r = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
+        A = -torch.arange(1, n + 1, device="cuda").float().repeat(d, 1)
+        return [[t.requires_grad_() for t in (r(b, l, d), r(b, l, d), A, r(b, l, n), r(b, l, n), torch.ones(d, device="cuda"),
+                                              r(b, l, d), torch.zeros(d, device="cuda") - 4)] for _ in range(8)]
+
+    def median(run, inputs):
+        times = []
+        for p in inputs[:2] + inputs:             # the first two warm up
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(p)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times[2:])[len(inputs) // 2]
+
+    def both_ways(scan):
+        return lambda p: torch.autograd.grad(scan(p), p, torch.ones_like(p[0]))
+
+    scans = {"ours": lambda p: st.selective_scan(*p)[0]}
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        t = lambda v: v.transpose(1, 2)
+        scans["mamba_ssm"] = lambda p: t(selective_scan_fn(t(p[0]), t(p[1]), p[2], t(p[3]), t(p[4]), p[5], t(p[6]), p[7], True))
+    except ImportError:
+        print("mamba_ssm is not installed: no kernel to compare with")
+    inputs = sets()
+    for name, scan in scans.items():
+        with torch.no_grad():
+            forward = median(scan, inputs)
+        print(f"measured on {torch.cuda.get_device_name()}, {name}: forward {forward:.2f} ms, "
+              f"forward and backward {median(both_ways(scan), inputs):.2f} ms")
+
+
+def main() -> None:
+    print(f"One layer of the 7B, (b, l, d, n) = {SIZES}, in {chunks()} chunks, Triton {triton.__version__}.\n"
+          f"upd = state update: there are {b * l * d * n / 1e9:.2f} G. Estimates, not measurements: the ms each resource of an "
+          f"H100 SXM\nneeds at least; * is the slowest.\n")
+    print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} {'MUFU/upd':>8} "
+          f"{'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6}")
+    total = {"forward": 0.0, "backward": 0.0}
+    floor = {k: 0.0 for k in ("HBM", "MUFU", "issue", "SHFL")}
+    for label in (*KERNELS, "backward: sums"):
+        for target in TARGETS if label in KERNELS else ("sm_90",):
+            found = count(label, target) if label in KERNELS else {}
+            line = f"{label:18} {target:7} " + " ".join(
+                f"{found.get(k, '-'):>{w}}" for k, w in (("REG", 4), ("STACK", 5), ("LOCAL", 5), ("SHARED", 6)))
+            if "issue" in found:
+                line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
+            elif label in traffic():
+                line += " " * 19
+            if target == "sm_90" and label in traffic():
+                ms = estimate(label, found)
+                line += f" {traffic()[label] / 1e6:6.0f}"
+                line += "".join(f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}" for k in floor)
+                total["backward" if "backward" in label else "forward"] += max(ms.values())
+            print(line.rstrip())
+    updates = b * l * d * n
+    row = 2 * b * l * d
+    print(f"\nestimated: forward {total['forward']:.2f} ms, backward {total['backward']:.2f} ms, "
+          f"both {sum(total.values()):.2f} ms\n"
+          f"floors of a forward: HBM {4 * row / HBM * 1e3:.2f} ms (x, dt, z, y once), MUFU "
+          f"{updates / (16 * SMS * CLOCK) * 1e3:.2f} ms (one exp2 an update), issue {updates * 4 / (128 * SMS * CLOCK) * 1e3:.2f} ms "
+          f"(four instructions an update)")
+    kept, scratch = memory()
+    print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / row:.3f} of x in bf16); scratch of a "
+          f"backward: {scratch / 1e6:.0f} MB")
+    if torch.cuda.is_available():
+        measured()
+    else:
+        print("no GPU here: nothing was timed")
+
+
+if __name__ == "__main__":
+    main()
