@@ -1,0 +1,110 @@
+"""The sampler: what it draws, what it keeps, and what it shows."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import sample
+from mamba import Mamba, MambaConfig
+from sample import choose, generate
+from train import byte_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "falcon-tokenizer"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    Mamba(MambaConfig(vocab_size=257, d_model=16, n_layer=2, d_state=4, eos_token_id=256)).save_pretrained(path)
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+def run(monkeypatch, capsys, folder, *flags):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(folder), "--device", "cpu", *flags])
+    sample.main()
+    return capsys.readouterr()
+
+
+def tokens_of(model, prompt, count, **options):
+    return torch.stack(list(generate(model, prompt, count, **options)), 1)
+
+
+def test_greedy_generation_is_the_argmax_of_rereading_everything(folder):
+    model = Mamba.from_pretrained(folder)
+    text = torch.tensor([[1, 2, 3], [9, 8, 7]])
+    made = tokens_of(model, text, 6, temperature=0)
+    for i in range(6):
+        expected = model(torch.cat([text, made[:, :i]], 1))[0][:, -1].argmax(-1)
+        assert torch.equal(made[:, i], expected)
+
+
+def test_a_long_prompt_is_read_in_pieces_without_a_trace(folder, monkeypatch):
+    model, prompt = Mamba.from_pretrained(folder), torch.arange(100)[None]
+    whole = tokens_of(model, prompt, 8, temperature=0)
+    monkeypatch.setattr(sample, "PIECE", 7)
+    assert torch.equal(tokens_of(model, prompt, 8, temperature=0), whole)
+
+
+def test_a_stopped_row_goes_on_yielding_stop_and_all_stopped_ends(folder):
+    model, prompt = Mamba.from_pretrained(folder), torch.tensor([[1, 2], [3, 4]])
+    free = tokens_of(model, prompt, 12, temperature=0)
+    stop = int(free[0, 2])
+    made = tokens_of(model, prompt, 12, temperature=0, stop=stop)
+    first = (made[0] == stop).nonzero()[0, 0]
+    assert first <= 2 and (made[0, first:] == stop).all()
+
+
+def test_top_k_and_top_p_draw_only_from_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    g = torch.Generator().manual_seed(0)
+    assert set(choose(logits, 1.0, 2, None, g).tolist()) == {0, 1}
+    assert set(choose(logits, 1.0, None, 0.75, g).tolist()) == {0, 1}
+    assert set(choose(logits, 1.0, None, 0.9, g).tolist()) == {0, 1, 2}
+    assert set(choose(logits, 1.0, None, 1e-9, g).tolist()) == {0}
+    counts = choose(logits, 1.0, None, None, g).bincount(minlength=4) / 2000
+    assert (counts - logits[0].exp()).abs().max() < 0.05
+    assert set(choose(logits, 1e-30, None, None, g).tolist()) == {0}
+
+
+def test_the_same_seed_writes_the_same_text_and_only_text(folder, monkeypatch, capsys):
+    flags = ["--prompt", "def ", "--max-new-tokens", "30", "--seed", "5"]
+    first, second = (run(monkeypatch, capsys, folder, *flags) for _ in range(2))
+    assert first.out == second.out and first.out.startswith("def ")
+    assert "tokens/s" in first.err and "GB/s" in first.err and "tokens/s" not in first.out
+
+
+def test_unequal_prompts_write_what_each_writes_alone(folder, monkeypatch, capsys):
+    flags = ["--max-new-tokens", "12", "--temperature", "0"]
+    alone = [run(monkeypatch, capsys, folder, "--prompt", p, *flags).out for p in ("a", "hello there")]
+    assert run(monkeypatch, capsys, folder, "--prompt", "a", "--prompt", "hello there", *flags).out == "".join(alone)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_a_kept_state_goes_on_as_if_the_text_had_just_been_read(folder, monkeypatch, capsys, tmp_path, cut):
+    greedy = ["--temperature", "0", "--max-new-tokens"]
+    whole = run(monkeypatch, capsys, folder, "--prompt", "abc", *greedy, "12").out
+    kept = str(tmp_path / "kept")
+    start = run(monkeypatch, capsys, folder, "--prompt", "abc", *greedy, str(cut), "--save-state", kept).out
+    end = run(monkeypatch, capsys, folder, "--load-state", kept, *greedy, str(12 - cut)).out
+    assert start.removesuffix("\n") + end == whole
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the published vocabulary is not here")
+def test_the_tokenizer_agrees_with_the_published_vectors():
+    tokenizer = Tokenizer.from_file(str(SHARED / "tokenizer.json"))
+    for vector in json.loads((SHARED / "vectors.json").read_text()):
+        assert tokenizer.encode(vector["text"], add_special_tokens=False).ids == vector["ids"], vector["text"]
+
+
+@pytest.mark.skipif("FALCON_MAMBA_7B" not in os.environ,
+                    reason="set FALCON_MAMBA_7B to a folder with tiiuae/falcon-mamba-7b to run it")
+def test_the_published_7b_writes_its_published_text(monkeypatch, capsys):
+    out = run(monkeypatch, capsys, os.environ["FALCON_MAMBA_7B"], "--prompt", "Hello today", "--temperature", "0",
+              "--max-new-tokens", "20").out
+    assert out.startswith("Hello today I am going to show you how to make a simple and easy to make paper plane.\nStep")
