@@ -178,7 +178,7 @@ class Mixer(nn.Module):
         The reference's fused training kernel normalises dt after dt_proj, its evaluation before: we do as the latter.
         """
         dt, B, C = (rms_norm(v, self.eps) for v in self.x_proj(x).split(self.split, dim=-1))   # (b, l, r | n | n)
-        return F.linear(dt.to(x.dtype), self.dt_proj.weight), B, C
+        return F.linear(dt.to(x.dtype), self.dt_proj.weight.to(x.dtype)), B, C
 
 
 class Block(nn.Module):
