@@ -236,7 +236,6 @@ def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits():
 SHARDED_BF16 = """
 import torch, torch.distributed as dist, warnings
 warnings.simplefilter("ignore")
-from torch.distributed.tensor.debug import CommDebugMode
 from functools import partial
 from torch.utils.checkpoint import checkpoint
 import mamba, train
@@ -257,15 +256,14 @@ def spy(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     seen.update({k: v.dtype for k, v in seen.items() if isinstance(v, torch.Tensor)})
     return scan(x, dt, A, B, C, D, z, dt_bias, h0, reset)
 mamba.selective_scan = spy
-reduced = []
+arrived = []
 for last in (False, False, True):
     objective.set_requires_gradient_sync(last)
-    with CommDebugMode() as comm:
-        loss = objective(*args)
-        loss.backward()
-    reduced.append(sum(n for op, n in comm.get_comm_counts().items() if "reduce_scatter" in str(op)))
+    loss = objective(*args)
+    loss.backward()
+    arrived.append(sum(p.grad is not None for p in model.parameters()))
 p = model.backbone.layers[0].mixer.A_log
-print(seen, exact, loss.item(), reduced, p.dtype, p.grad.dtype, model.lm_head.weight.dtype, sep="|")
+print(seen, exact, loss.item(), arrived, p.dtype, p.grad.dtype, model.lm_head.weight.dtype, sep="|")
 """
 
 
@@ -273,15 +271,14 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
     out = subprocess.run([sys.executable, "-c", SHARDED_BF16], cwd=Path(train.__file__).parent, env=ONE_THREAD,
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    seen, exact, loss, reduced, *kept = out.stdout.strip().split("|")
+    seen, exact, loss, arrived, *kept = out.stdout.strip().split("|")
     for name, dtype in {"A_log": "float32", "D": "float32", "dt_bias": "float32", "conv": "float32", "A": "float32",
                         "dt_proj": "float32", "in_proj": "bfloat16", "x": "bfloat16", "dt": "bfloat16",
                         "z": "bfloat16"}.items():
         assert f"'{name}': torch.{dtype}" in seen, (name, seen)
     assert float(loss) == pytest.approx(float(exact), rel=0.01) and float(loss) != float(exact)
     assert kept == ["torch.float32"] * 3
-    first, second, last = eval(reduced)
-    assert first == second == 0 and last == 5       # two groups a block, and the root
+    assert json.loads(arrived) == [0, 0, 23]
 
 
 # Ranks, passes, restarts
@@ -475,7 +472,7 @@ def test_eval_only_trains_nothing_and_agrees_with_transformers(trained, uninterr
 
 def test_training_goes_on_from_a_published_folder(trained, uninterrupted, data, tmp_path):
     status, out, err = trained("--init-from", uninterrupted, "--data", data, "--out", tmp_path / "more", "--context", 64,
-                               "--total-tokens", 512, "--batch-end", 4, "--lr", 1e-4)
+                               "--total-tokens", 1024, "--batch-end", 4, "--lr", 1e-4)
     assert status == 0, err
     assert curve(tmp_path / "more")[0][2] < curve(uninterrupted)[0][2] - 1
     status, _, err = trained("--init-from", uninterrupted, "--d-model", 64)
@@ -558,4 +555,4 @@ def test_the_plans_memory_is_what_a_step_takes(layers, kind):
     assert out.returncode == 0, out.stderr
     planned, measured = map(float, out.stdout.split())
     print(f"{kind}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert measured == pytest.approx(planned, rel=0.2)
+    assert measured == pytest.approx(planned, rel=0.15)
