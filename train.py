@@ -55,8 +55,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import sample
 from mamba import Block, CheckpointError, Mamba, MambaConfig, find
-from sample import device, generate
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
@@ -733,17 +733,39 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
     model = Mamba.from_pretrained(args.out, args.device)
     text = tokenizer.encode("def ", add_special_tokens=False).ids
-    for token in generate(model, torch.tensor([text], device=args.device), 300, 0.6, stop=end):
+    for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.6, stop=end):
         text += token.tolist()
     say(tokenizer.decode(text))
 
 
-def value(kind: type, low: float = 0):
-    """An argparse type: a text, a number from `low` (a whole one may be written 2.5e12), or several, with commas."""
+@dataclass
+class Options:
+    """How a run is run. None of it changes a loss."""
+    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or name=path:share; repeat "
+                           "for more (without it, the sources of Python's standard library)")
+    out: Path = flag(Path("out"), "folder for all results")
+    tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
+    tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
+    resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
+    eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
+    plan: bool = flag(False, "only print the run's steps, rates, days and memory")
+    world_size: int = flag(1, "GPUs, for that plan", 1)
+    mfu: float = flag(0.18, "the part of the GPUs' peak that training reaches, for that plan", 1e-3)
+    micro_batch: int = flag(16, "sequences that a GPU runs at a time", 1)
+    checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
+    compile: bool = flag(False, "torch.compile the blocks")
+    checkpoint_every: int = flag(100, "steps", 1)
+    eval_every: int = flag(100, "steps", 1)
+    keep: int = flag(2, "checkpoints", 1)
+    device: sample.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one")
+
+
+def value(kind: type, low: float):
+    """An argparse type: a number from `low` (a whole one may be written 2.5e12), several with commas, or a text."""
     def parse(text):
-        if kind not in (int, float, str):
+        if hasattr(kind, "__args__"):                       # tuple[int], tuple[str]
             return tuple(value(kind.__args__[0], low)(part) for part in text.split(","))
-        if kind is str or kind is int and text.isdigit() and int(text) >= low:
+        if kind not in (int, float) or kind is int and text.isdigit() and int(text) >= low:
             return kind(text)
         if not low <= float(text) < math.inf or kind is int and float(text) % 1:
             raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {low}")
@@ -751,65 +773,50 @@ def value(kind: type, low: float = 0):
     return parse
 
 
-def main() -> None:
+def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
+    """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES, default="tiny", help="gives the defaults (itself tiny)")
-    name = first.parse_known_args()[0].recipe
+    name = first.parse_known_args(arguments)[0].recipe
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", parents=[first], allow_abbrev=False)
+    for cls, given in (Options, {}), (Recipe, vars(RECIPES[name])), (MambaConfig, SIZES[name]):
+        for f in fields(cls):
+            shown = given.get(f.name, f.default)
+            shown = ",".join(map(str, shown)) if type(shown) is tuple else shown
+            kind = {"type": value(f.type, f.metadata.get("low", 0)), "metavar": "X"}
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+            kind |= {"action": "append"} if f.name == "data" else {}
+            # A model's fields stay None unless given, as --init-from brings its own.
+            kind["default"] = None if cls is MambaConfig else given.get(f.name, f.default)
+            help = f.metadata.get("help", "of a fresh model") + f" (default {shown})" * (shown not in (None, ""))
+            parser.add_argument("--" + f.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
+    args = parser.parse_args(arguments)
+    sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
+    if sizes and args.init_from:
+        parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
+    return args, Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}), SIZES[name] | sizes
 
-    def add(flag, default, help, kind=None, **more):
-        kind = {"type": kind or value(type(default), 1), "metavar": "X"} if type(default) is not bool else {
-            "action": argparse.BooleanOptionalAction}
-        shown = ",".join(map(str, default)) if type(default) is tuple else default
-        parser.add_argument(flag, default=default, help=f"{help} (default {shown})".replace("%", "%%"), **kind, **more)
-    add("--data", None, "text file, folder of them, or .bin of tokens, as path, name=path or name=path:share; "
-        "repeat for more (without it, the sources of Python's standard library)", str, action="append")
-    add("--out", Path("out"), "folder for all results", Path)
-    add("--tokenizer", None, "a tokenizer.json (else that of --init-from, or one token a byte)", Path)
-    add("--tokenize-to", None, "only write the tokens of --data to this .bin", Path)
-    add("--resume", False, "go on from the last checkpoint in --out, if it has one")
-    add("--eval-only", False, "only print the held-out loss of --init-from, or of --out")
-    add("--plan", False, "only print the run's steps, rates, days and memory")
-    add("--world-size", 1, "GPUs, for that plan")
-    add("--mfu", 0.18, "share of the GPUs' peak that training reaches, for that plan", value(float, 1e-6))
-    add("--micro-batch", 16, "sequences that a GPU runs at a time")
-    add("--checkpoint-activations", False, "a third more time, for far less memory")
-    add("--compile", False, "torch.compile the blocks")
-    add("--checkpoint-every", 100, "steps")
-    add("--eval-every", 100, "steps")
-    add("--keep", 2, "checkpoints")
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    add("--device", "auto", "cpu, cuda ...; auto is cuda if there is one", device)
-    for f in fields(Recipe):
-        add("--" + f.name.replace("_", "-"), getattr(RECIPES[name], f.name), f.metadata["help"],
-            value(f.type, f.metadata["low"]))
-    for f in fields(MambaConfig):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": value(f.type), "metavar": "X"}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f"of a fresh model (default "
-                            f"{SIZES[name].get(f.name, f.default)})", **kind)
-    args = parser.parse_args()
-    given = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
-    if given and args.init_from:
-        parser.error(f"--init-from brings its own sizes; leave out {', '.join(given)}")
+
+def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
     warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+        args, recipe, sizes = flags(sys.argv[1:])
         if args.plan:
-            return plan(args, recipe, MambaConfig(**SIZES[name] | given))
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+            return plan(args, recipe, MambaConfig(**sizes))
         if "RANK" in os.environ:                            # torchrun started us
-            dist.init_process_group(backend)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        run(args, recipe, SIZES[name] | given)
+            dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        run(args, recipe, sizes)
     except torch.OutOfMemoryError as e:
-        sys.exit(f"train.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try a smaller --micro-batch")
+        sys.exit(f"train.py: out of memory ({str(e).splitlines()[0]}); try a smaller --micro-batch")
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except dcp.CheckpointException as e:
-        sys.exit(f"train.py: no checkpoint written or read in {args.out}: {next(iter(e.failures.values()))[0]}")
+        sys.exit(f"train.py: no checkpoint written or read: {next(iter(e.failures.values()))[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
