@@ -77,7 +77,7 @@ class Recipe:
     batch_end: int = flag(16, "sequences in a step after the ramp", 1)
     stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2.5e12,4e12")
     context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1)
-    mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one a stage, with commas")
+    mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one text a stage")
     lr: float = flag(4e-3, "the learning rate's peak")
     decay_factor: float = flag(256, "by which the learning rate decays in all", 1)
     weight_decay: float = flag(0.1, "AdamW's, of matrices only")
@@ -153,7 +153,7 @@ RECIPES["continue"] = replace(
     RECIPES["falcon-mamba-7b"], init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT,
     warmup_tokens=2 * GT, ramp_tokens=0, stages=(0,), context=(8192,),              # 2 GT: our choice
     mixture=RECIPES["falcon-mamba-7b"].mixture[-1:])
-# Tiny is our choice: it learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width.
+# Our choice: it learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width.
 SIZES = {"tiny": {"d_model": 128, "n_layer": 4, "initializer_range": 0.02},
          "falcon-mamba-7b": {"vocab_size": 65024}, "continue": {"vocab_size": 65024}}
 
@@ -179,8 +179,9 @@ def standard_library() -> list[Path]:
 
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
-    """All files' tokens, a mebibyte of lines at a time, END after each file, in an order that the seed fixes."""
-    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
+    """All files' tokens, a mebibyte of lines at a time, END after each file, in an order the seed fixes."""
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [file for file in files if not file.is_dir()]
     kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     for i in range(len(files)):
         path = files[shuffled(i, len(files), (seed, "files"))]
@@ -220,8 +221,8 @@ class Source:
         """How many rows of `length` tokens, each with the one after it, a part has."""
         count = (len(self.parts[part]) - 1) // length
         if count < 1:
-            raise ValueError(f"the {part} part of {self.name} has {len(self.parts[part])} tokens, fewer than a "
-                             f"row of --context {length}; give it more text, or a smaller --context")
+            raise ValueError(f"the {part} part of {self.name} has {len(self.parts[part])} tokens, fewer than "
+                             f"a row of --context {length}; give it more text, or a smaller --context")
         return count
 
     def row(self, part: str, i: int, length: int) -> np.ndarray:
@@ -248,7 +249,7 @@ def shuffled(k: int, n: int, key: tuple) -> int:
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
-    """Row i of the step that starts after `tokens`: its source, and how many of that source's rows came before.
+    """Row i of the step that starts after `tokens`: its source, and how many of its rows came before.
 
     Each thousand rows hold the sources in exactly their shares, in shuffled order.
     """
@@ -256,11 +257,11 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
     block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
     slot, end = shuffled(slot, 1000, (recipe.seed, now, block)), 0.0
     for name, share in mixture(recipe, tokens).items():
-        start, end = end, end + share
+        start, end = round(1000 * end), end + share
         if slot < round(1000 * end):
             break
     earlier = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
-    return name, int(earlier // length) + block * (round(1000 * end) - round(1000 * start)) + slot - round(1000 * start)
+    return name, int(earlier // length) + block * (round(1000 * end) - start) + slot - start
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
@@ -269,6 +270,11 @@ def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int
     count = sources[name].rows("training", length)
     k = shuffled(before % count, count, (recipe.seed, name, before // count))
     return sources[name].row("training", k, length)
+
+
+def rerun(function, *args):
+    """function(*args), of which only args are kept: the backward pass runs it again (activation checkpointing)."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Objective(nn.Module):
@@ -286,7 +292,7 @@ class Objective(nn.Module):
         """
         hidden, _ = self.model.backbone(tokens, self.model.blank_state(len(tokens)), starts)    # (b, l, m)
         pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
-        return sum(checkpoint(self.piece, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces)
+        return sum(rerun(self.piece, *piece) for piece in pieces)
 
     def piece(self, hidden, targets):
         return F.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="sum")
@@ -295,9 +301,9 @@ class Objective(nn.Module):
 def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> None:
     """Leave each rank its part of every tensor, in fp32. A block is gathered when it runs and let go after.
 
-    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small and
-    exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands of
-    steps, D, the convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
+    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
+    and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
+    of steps, D, the convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -317,7 +323,7 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
     matrices = list(dict.fromkeys(matrices))        # a tied lm_head is the embedding
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
@@ -345,8 +351,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 # PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. Its writer of
-# safetensors needs none: each rank's file says in JSON which part of each tensor it holds. Any number of ranks
-# can read what any other number wrote.
+# safetensors needs none: each rank's file says in JSON which part of each tensor it holds. Any number of
+# ranks can read what any other number wrote.
 
 class Writer(dcp.HuggingFaceStorageWriter):
     """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name."""
@@ -368,12 +374,12 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
-        self.args, self.recipe, self.model, self.tokenizer, self.sources = args, recipe, model, tokenizer, sources
-        self.step, self.tokens, self.saving, self.group = 0, 0, None, None
+        self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
+        self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for block in model.backbone.layers:
-            if args.checkpoint_activations:     # keep only a block's input; run it again in the backward pass
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            if args.checkpoint_activations:
+                block.forward = partial(rerun, block.forward)
             if args.compile:
                 block.compile()
         self.objective = Objective(model)
@@ -413,8 +419,9 @@ class Trainer:
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
         passes = self.passes(size)
         for numbers in passes:
-            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None for i in numbers]
-            if dist.is_initialized():           # gradients add up on each rank, and travel after the last pass
+            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None
+                    for i in numbers]
+            if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(numbers is passes[-1])
             loss = self.loss(rows, length)
             (loss * self.world / (size * length)).backward()        # FSDP takes the mean over ranks
@@ -424,14 +431,15 @@ class Trainer:
         loss = over_ranks(nats)[0] / (size * length)
         self.step, self.tokens = self.step + 1, self.tokens + size * length
         if not math.isfinite(loss + norm):
-            raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; start "
-                             "again with a lower --lr, or with --init-from the model saved last")
+            raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
+                             "start again with a lower --lr, or with --init-from the model saved last")
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate(recipe, self.tokens)        # at the step's end: at its start it may be 0
+            group["lr"] = learning_rate(recipe, self.tokens)    # of the step's end, as 0 tokens give 0
         self.adam.step()
         self.adam.zero_grad()
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
-                "context": length, "grad_norm": norm, "tokens_per_s": size * length / (time.perf_counter() - begin)}
+                "context": length, "grad_norm": norm,
+                "tokens_per_s": size * length / (time.perf_counter() - begin)}
 
     @torch.no_grad()
     def held_out(self, length: int) -> dict[str, tuple[float, float]]:
@@ -441,8 +449,8 @@ class Trainer:
             whole, nats, size = source.rows("held-out", length), 0.0, 0
             count = min(whole, 128)
             for numbers in self.passes(count):
-                rows = [source.row("held-out", shuffled(int(i), whole, (name,)), length) if i < count else None
-                        for i in numbers]
+                rows = [source.row("held-out", shuffled(int(i), whole, (name,)), length) if i < count
+                        else None for i in numbers]
                 nats += self.loss(rows, length).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
                 size += sum(len(text.encode()) for text in texts)
@@ -462,7 +470,7 @@ class Trainer:
         return state
 
     def save(self) -> None:
-        """A checkpoint, which a thread writes while training goes on, and the model in the published format."""
+        """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
         self.wait()
         about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
         writer = Writer(self.args.out, about, self.args.keep)
@@ -492,7 +500,7 @@ class Trainer:
         about = json.loads((folder / "run.json").read_text())
         for name, now in self.settings.items():
             if about["settings"].get(name) != now:
-                raise ValueError(f"{folder} has {name} {about['settings'].get(name)}, but this command {now}; "
+                raise ValueError(f"{folder} has {name} {about['settings'].get(name)}, this command {now}; "
                                  "repeat the command that began the run, or begin another with --out")
         dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=self.group)
         self.step, self.tokens = about["step"], about["tokens"]
@@ -500,7 +508,7 @@ class Trainer:
             averages["step"] = torch.tensor(float(self.step))
 
     def run(self) -> bool:
-        """Train to the recipe's end, or until a signal asks any rank to stop. Returns whether it is the end."""
+        """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
         args, metrics, stopping = self.args, self.args.out / "metrics.jsonl", []
 
         def on_signal(number, frame):
@@ -521,13 +529,14 @@ class Trainer:
             while self.tokens < self.recipe.total_tokens and not stop:
                 row = self.update()
                 stop, end = over_ranks(len(stopping))[0] > 0, self.tokens >= self.recipe.total_tokens
-                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | batch {batch_size} "
-                        "| {tokens_per_s:.0f} tok/s").format(**row)
+                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
+                        "batch {batch_size} | {tokens_per_s:.0f} tok/s").format(**row)
                 if peak:
                     line += f" | {row['tokens_per_s'] * flops / peak:.0%} MFU"
                 if self.step % args.eval_every == 0 or end:
-                    row["held_out"] = {name: nats for name, (nats, _) in self.held_out(row["context"]).items()}
-                    line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in row["held_out"].items())
+                    losses = self.held_out(row["context"])
+                    row["held_out"] = {name: nats for name, (nats, _) in losses.items()}
+                    line += "".join(f" | held-out {name} {nats:.4f}" for name, (nats, _) in losses.items())
                 if self.rank == 0:
                     tqdm.write(line)
                     bar.update(row["batch_size"] * row["context"])
@@ -620,8 +629,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
               + " ".join(f"{name} {share:.0%}" for name, share in mixture(recipe, a).items()))
     flops = flops_per_token(config) * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
-    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on {world} H100 "
-          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU; two months would be {days / 61:.0%} MFU"
+    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
+          f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU; two months would be {days / 61:.0%} MFU"
           f"\n\nmemory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
@@ -632,9 +641,10 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
     print(f"  {'and, if a step takes several passes, whole gradients':40}{whole / 1e9:8.2f}\n")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
-            one, more = (int(max(80e9 - sum(fixed.values()) - extra, 0) // (row * length)) for extra in (0, whole))
-            print(f"  context {length} {name:>7} --checkpoint-activations: {row * length / 1e9:6.2f} GB a row; the "
-                  f"largest --micro-batch in 80 GB is {one}, in several passes {more}")
+            free = 80e9 - sum(fixed.values())
+            one, more = (int(max(left, 0) // (row * length)) for left in (free, free - whole))
+            print(f"  context {length} {name:>7} --checkpoint-activations: {row * length / 1e9:6.2f} GB a row; "
+                  f"the largest --micro-batch in 80 GB is {one}, in several passes {more}")
     args.out.mkdir(parents=True, exist_ok=True)
     x = [recipe.total_tokens * i // 1000 for i in range(1001)]
     picture(args.out / "plan.png", x, {title: [function(recipe, t) for t in x] for title, function in {
@@ -649,7 +659,7 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
         if name is None:
             name, path, share = "text", text, None          # paths without a name are one source
         elif name in paths:
-            raise ValueError(f"--data names {name} twice, {paths[name][0]} and {path}; each source needs its own")
+            raise ValueError(f"--data has {name} twice, {paths[name][0]} and {path}; each needs its own name")
         if not Path(path).exists():
             raise ValueError(f"there is no {path}, which --data names")
         paths.setdefault(name, []).append(Path(path))
@@ -661,7 +671,7 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
     if shares.keys() == paths.keys():
         recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
     elif shares or wanted != paths.keys():
-        raise ValueError(f"--data names {', '.join(sorted(paths))}, but the recipe {', '.join(sorted(wanted))}; "
+        raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
                          "name the same, or give each a share as name=path:share")
     return paths, recipe
 
@@ -669,7 +679,7 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
 def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
     """A corpus as a file of uint16 tokens, which training maps into memory."""
     if tokenizer.get_vocab_size() > 2**16:
-        raise ValueError(f"a .bin holds tokens up to 65535, but the tokenizer has {tokenizer.get_vocab_size()}")
+        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {tokenizer.get_vocab_size()}")
     new, count = path.with_name(path.name + ".partial"), 0
     with new.open("wb") as file:
         for part in tokenized(paths, tokenizer, seed):
@@ -695,8 +705,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
     done = [] if args.eval_only else checkpoints(args.out)
     if done and not args.resume:
-        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, another "
-                         "--out begins a new one")
+        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
+                         "another --out begins a new one")
     torch.manual_seed(recipe.seed)
     if folder:      # to look at a model its own dtype will do; to train or divide it, all weights are fp32
         dtype = None if args.eval_only and not dist.is_initialized() else torch.float32
@@ -709,11 +719,12 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     say = print if trainer.rank == 0 else lambda *_: None
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(s.size for s in sources.values()):,} tokens "
-        f"of text, {trainer.world} x {args.device}, scan: chunked\n{recipe}\n{model.config}")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(source.size for source in sources.values()):,} tokens of text, {trainer.world} x {args.device}, scan: chunked\n{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
-            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, {bits:.4f} bits per byte")
+            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
+                f"{bits:.4f} bits per byte")
         return
     if trainer.rank == 0:
         (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -741,8 +752,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
 @dataclass
 class Options:
     """How a run is run. None of it changes a loss."""
-    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or name=path:share; repeat "
-                           "for more (without it, the sources of Python's standard library)")
+    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
+                           "name=path:share; repeat for more (without it, the sources of Python's standard library)")
     out: Path = flag(Path("out"), "folder for all results")
     tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
     tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
@@ -761,7 +772,7 @@ class Options:
 
 
 def value(kind: type, low: float):
-    """An argparse type: a number from `low` (a whole one may be written 2.5e12), several with commas, or a text."""
+    """An argparse type: a number from `low`, several with commas, or a text. 2.5e12 is a whole number."""
     def parse(text):
         if hasattr(kind, "__args__"):                       # tuple[int], tuple[str]
             return tuple(value(kind.__args__[0], low)(part) for part in text.split(","))
@@ -788,7 +799,8 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
             kind |= {"action": "append"} if f.name == "data" else {}
             # A model's fields stay None unless given, as --init-from brings its own.
             kind["default"] = None if cls is MambaConfig else given.get(f.name, f.default)
-            help = f.metadata.get("help", "of a fresh model") + f" (default {shown})" * (shown not in (None, ""))
+            help = f.metadata.get("help", "of a fresh model")
+            help += f" (default {shown})" * (shown not in ("", None))
             parser.add_argument("--" + f.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
     args = parser.parse_args(arguments)
     sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
