@@ -273,7 +273,7 @@ def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int
 
 
 def rerun(function, *args):
-    """function(*args), of which only args are kept: the backward pass runs it again (activation checkpointing)."""
+    """function(*args), of which only args are kept: the backward pass runs it again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -323,7 +323,8 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
     matrices = list(dict.fromkeys(matrices))        # a tied lm_head is the embedding
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0}]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay},
+              {"params": others, "weight_decay": 0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
@@ -630,7 +631,7 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
     flops = flops_per_token(config) * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
     print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
-          f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU; two months would be {days / 61:.0%} MFU"
+          f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}"
           f"\n\nmemory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
@@ -643,8 +644,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
         for name, row in rows.items():
             free = 80e9 - sum(fixed.values())
             one, more = (int(max(left, 0) // (row * length)) for left in (free, free - whole))
-            print(f"  context {length} {name:>7} --checkpoint-activations: {row * length / 1e9:6.2f} GB a row; "
-                  f"the largest --micro-batch in 80 GB is {one}, in several passes {more}")
+            print(f"  context {length} {name:>7} --checkpoint-activations:{row * length / 1e9:7.2f} GB a row; "
+                  f"80 GB hold --micro-batch {one}, in several passes {more}")
     args.out.mkdir(parents=True, exist_ok=True)
     x = [recipe.total_tokens * i // 1000 for i in range(1001)]
     picture(args.out / "plan.png", x, {title: [function(recipe, t) for t in x] for title, function in {
@@ -720,7 +721,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     say = print if trainer.rank == 0 else lambda *_: None
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(source.size for source in sources.values()):,} tokens of text, {trainer.world} x {args.device}, scan: chunked\n{recipe}\n{model.config}")
+        f"{sum(source.size for source in sources.values()):,} tokens of text, "
+        f"{trainer.world} x {args.device}, scan: chunked\n{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
             say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
@@ -753,7 +755,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
 class Options:
     """How a run is run. None of it changes a loss."""
     data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
-                           "name=path:share; repeat for more (without it, the sources of Python's standard library)")
+                           "name=path:share; repeat for more (else the sources of Python's standard library)")
     out: Path = flag(Path("out"), "folder for all results")
     tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
     tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")

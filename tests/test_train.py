@@ -234,7 +234,7 @@ def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits():
 
 
 SHARDED_BF16 = """
-import torch, torch.distributed as dist, warnings
+import argparse, torch, torch.distributed as dist, warnings
 warnings.simplefilter("ignore")
 from functools import partial
 from torch.utils.checkpoint import checkpoint
@@ -262,8 +262,17 @@ for last in (False, False, True):
     loss = objective(*args)
     loss.backward()
     arrived.append(sum(p.grad is not None for p in model.parameters()))
+class Tokens:
+    rows = lambda self, part, length: 9
+    row = lambda self, part, i, length: torch.arange(length + 1).numpy() % 50
+options = argparse.Namespace(device=torch.device("cpu"), micro_batch=2, checkpoint_activations=False, compile=False)
+recipe = train.Recipe(batch_start=5, ramp_tokens=1000, context=(8,))
+trainer = train.Trainer(options, recipe, mamba.Mamba(model.config), train.byte_tokenizer(), {"text": Tokens()})
+trainer.objective.set_requires_gradient_sync = lambda last: asked.append(last)
+asked = []
+trainer.update()
 p = model.backbone.layers[0].mixer.A_log
-print(seen, exact, loss.item(), arrived, p.dtype, p.grad.dtype, model.lm_head.weight.dtype, sep="|")
+print(asked == [False, False, True], seen, exact, loss.item(), arrived, p.dtype, p.grad.dtype, model.lm_head.weight.dtype, sep="|")
 """
 
 
@@ -271,14 +280,14 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
     out = subprocess.run([sys.executable, "-c", SHARDED_BF16], cwd=Path(train.__file__).parent, env=ONE_THREAD,
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    seen, exact, loss, arrived, *kept = out.stdout.strip().split("|")
+    asked, seen, exact, loss, arrived, *kept = out.stdout.strip().split("|")
     for name, dtype in {"A_log": "float32", "D": "float32", "dt_bias": "float32", "conv": "float32", "A": "float32",
                         "dt_proj": "float32", "in_proj": "bfloat16", "x": "bfloat16", "dt": "bfloat16",
                         "z": "bfloat16"}.items():
         assert f"'{name}': torch.{dtype}" in seen, (name, seen)
     assert float(loss) == pytest.approx(float(exact), rel=0.01) and float(loss) != float(exact)
     assert kept == ["torch.float32"] * 3
-    assert json.loads(arrived) == [0, 0, 23]
+    assert json.loads(arrived) == [0, 0, 23] and asked == "True"      # and the loop asks for just that
 
 
 # Ranks, passes, restarts
@@ -489,7 +498,7 @@ def test_the_plan_of_the_7b_prints_the_whole_run(trained, tmp_path):
     assert re.search(r"decay +5e\+12 +5.5e\+12 .*8192 .*6.40e-04 -> 2.50e-06", out)
     days = float(re.search(r"on 256 H100 ([\d.]+) days at 18% MFU", out)[1])
     assert 50 < days < 70       # "about two months"
-    assert re.search(r"context 8192 +with --checkpoint-activations: .* largest --micro-batch in 80 GB is [1-9]", out)
+    assert re.search(r"context 8192 +with --checkpoint-activations: .* 80 GB hold --micro-batch [1-9]", out)
     assert not (tmp_path / "checkpoints").exists()
 
 
