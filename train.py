@@ -356,7 +356,10 @@ def checkpoints(out: Path) -> list[Path]:
 # ranks can read what any other number wrote.
 
 class Writer(dcp.HuggingFaceStorageWriter):
-    """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name."""
+    """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name.
+
+    Ranks on several machines need an `out` on a disk that they share.
+    """
 
     def __init__(self, out: Path, about: dict, keep: int):
         self.out, self.about, self.keep = out, about, keep
@@ -644,7 +647,7 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
         for name, row in rows.items():
             free = 80e9 - sum(fixed.values())
             one, more = (int(max(left, 0) // (row * length)) for left in (free, free - whole))
-            print(f"  context {length} {name:>7} --checkpoint-activations:{row * length / 1e9:7.2f} GB a row; "
+            print(f"  context {length} {name:>7} --checkpoint-activations{row * length / 1e9:7.2f} GB a row; "
                   f"80 GB hold --micro-batch {one}, in several passes {more}")
     args.out.mkdir(parents=True, exist_ok=True)
     x = [recipe.total_tokens * i // 1000 for i in range(1001)]
@@ -728,13 +731,13 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
             say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                 f"{bits:.4f} bits per byte")
         return
+    if done:
+        trainer.resume(done[-1])
     if trainer.rank == 0:
         (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         for left in (args.out / "checkpoints").glob("*.partial"):       # by a run that was killed
             shutil.rmtree(left)
         write_whole(args.out / "tokenizer.json", tokenizer.to_str())
-    if done:
-        trainer.resume(done[-1])
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
         return
