@@ -262,6 +262,7 @@ for last in (False, False, True):
     loss = objective(*args)
     loss.backward()
     arrived.append(sum(p.grad is not None for p in model.parameters()))
+mamba.selective_scan = scan
 class Tokens:
     size, rows = 100, lambda self, part, length: 9
     row = lambda self, part, i, length: torch.arange(length + 1).numpy() % 50
