@@ -69,10 +69,10 @@ def flag(default, help, low=0):
 @dataclass(frozen=True)
 class Recipe:
     """One training run; lengths are in tokens. The defaults are our choice: minutes on a laptop."""
-    total_tokens: int = flag(1_500_000, "the whole run", 1)
+    total_tokens: int = flag(1_200_000, "the whole run", 1)
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
     ramp_tokens: int = flag(200_000, "batch size from its start to its end")
-    decay_tokens: int = flag(500_000, "the last part, in which the learning rate decays")
+    decay_tokens: int = flag(400_000, "the last part, in which the learning rate decays")
     batch_start: int = flag(4, "sequences in the first step", 1)
     batch_end: int = flag(16, "sequences in a step after the ramp", 1)
     stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2.5e12,4e12")
@@ -771,7 +771,7 @@ class Options:
     checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
     compile: bool = flag(False, "torch.compile the blocks")
     checkpoint_every: int = flag(100, "steps", 1)
-    eval_every: int = flag(100, "steps", 1)
+    eval_every: int = flag(200, "steps", 1)
     keep: int = flag(2, "checkpoints", 1)
     device: sample.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one")
 

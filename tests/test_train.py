@@ -32,7 +32,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 def data(tmp_path_factory):
     """Sixty short documents."""
     folder = tmp_path_factory.mktemp("corpus")
-    text = (train.__file__ and Path(train.__file__).read_text())
+    text = Path(train.__file__).read_text()
     for i in range(60):
         (folder / f"{i:02}.txt").write_text(text[700 * (i % 40):][:1100])
     return folder
@@ -293,7 +293,7 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
 
 # Ranks, passes, restarts
 
-def test_two_processes_draw_the_curve_of_one(uninterrupted, data, tmp_path):
+def test_two_processes_draw_the_curve_of_one(trained, uninterrupted, data, tmp_path):
     run = torchrun(2, data, tmp_path / "two", "--checkpoint-activations", "--micro-batch", "3")
     assert run.returncode == 0, run.stderr
     one, two = curve(uninterrupted), curve(tmp_path / "two")
@@ -302,8 +302,7 @@ def test_two_processes_draw_the_curve_of_one(uninterrupted, data, tmp_path):
     # and one process goes on from what two wrote
     last = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
     (last[-1]).rename(tmp_path / "gone")
-    run = subprocess.run(command(data, tmp_path / "two", "--resume"), env=ONE_THREAD, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert trained("--data", data, "--out", tmp_path / "two", *SMALL, "--resume")[0] == 0
     np.testing.assert_allclose(curve(tmp_path / "two"), one, rtol=2e-5)
 
 
@@ -317,18 +316,22 @@ def test_activation_checkpointing_changes_nothing(trained, uninterrupted, data, 
     np.testing.assert_allclose(curve(tmp_path / "o"), curve(uninterrupted), rtol=2e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_with_0_and_resuming_gives_the_same_bits(number, uninterrupted, data, tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen(command(data, out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 4 "):
-            process.send_signal(number)
-            break
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0 and "stopped and saved" in stdout and not stderr, stderr
-    assert 4 <= len(curve(out)) < len(curve(uninterrupted))
-    subprocess.run(command(data, out, "--resume"), check=True, env=ONE_THREAD, capture_output=True)
+def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained, uninterrupted, data, tmp_path):
+    out, at = tmp_path / "out", 0
+    for number, step in (signal.SIGTERM, 4), (signal.SIGINT, 10):
+        flags = ["--resume", "--checkpoint-every", "1000"]      # so that only the signal saves
+        process = subprocess.Popen(command(data, out, *flags), env=ONE_THREAD, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"step {step} "):
+                process.send_signal(number)
+                break
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0 and "stopped and saved" in stdout and not stderr, stderr
+        assert at < step <= len(curve(out)) < len(curve(uninterrupted))
+        at = len(curve(out))
+        assert (out / "checkpoints" / f"step-{at:09}").exists()
+    assert trained("--data", data, "--out", out, *SMALL, "--resume")[0] == 0
     assert curve(out) == curve(uninterrupted)
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
@@ -386,7 +389,7 @@ def checkpoint_files(out, step):
     return {p.name: p.read_bytes() for p in (out / "checkpoints" / f"step-{step:09}").iterdir()}
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(uninterrupted, data, tmp_path):
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(trained, uninterrupted, data, tmp_path):
     out = copy_of(uninterrupted, tmp_path, 9)
     before = checkpoint_files(out, 9)
     weights = (out / "model.safetensors").read_bytes()
@@ -396,8 +399,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(uninterrupted,
     assert "too large" in run.stderr
     assert checkpoint_files(out, 9) == before and (out / "model.safetensors").read_bytes() == weights
     assert [p.name for p in sorted((out / "checkpoints").glob("step-*[0-9]"))][-1] == "step-000000009"
-    run = subprocess.run(command(data, out, "--resume"), env=ONE_THREAD, capture_output=True, text=True)
-    assert run.returncode == 0 and curve(out) == curve(uninterrupted)       # once there is room again
+    assert trained("--data", data, "--out", out, *SMALL, "--resume")[0] == 0       # once there is room again
+    assert curve(out) == curve(uninterrupted)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_sentence(trained, uninterrupted, data, tmp_path, monkeypatch):
@@ -552,14 +555,14 @@ step(train.Trainer(args, train.Recipe(), Mamba(MambaConfig(vocab_size=2000, d_mo
 before = now()
 trainer = train.Trainer(args, train.Recipe(), Mamba(config), tokenizer, {})
 for _ in range(2):
-    step(trainer, 8, 256)
+    step(trainer, 4, 256)
 fixed, rows = train.memory(config, 1, torch.float32)
-print(sum(fixed.values()) + 8 * 256 * rows[sys.argv[2]], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(sum(fixed.values()) + 4 * 256 * rows[sys.argv[2]], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("layers, kind", [(3, "without"), (6, "with")])
+@pytest.mark.parametrize("layers, kind", [(4, "without"), (8, "with")])
 def test_the_plans_memory_is_what_a_step_takes(layers, kind):
     out = subprocess.run([sys.executable, "-c", MEASURED, str(layers), kind], cwd=Path(train.__file__).parent,
                          env=ONE_THREAD | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
