@@ -69,10 +69,10 @@ def flag(default, help, low=0):
 @dataclass(frozen=True)
 class Recipe:
     """One training run; lengths are in tokens. The defaults are our choice: minutes on a laptop."""
-    total_tokens: int = flag(1_200_000, "the whole run", 1)
+    total_tokens: int = flag(900_000, "the whole run", 1)
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
-    ramp_tokens: int = flag(200_000, "batch size from its start to its end")
-    decay_tokens: int = flag(400_000, "the last part, in which the learning rate decays")
+    ramp_tokens: int = flag(150_000, "batch size from its start to its end")
+    decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")
     batch_start: int = flag(4, "sequences in the first step", 1)
     batch_end: int = flag(16, "sequences in a step after the ramp", 1)
     stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2.5e12,4e12")
