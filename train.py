@@ -42,10 +42,10 @@ def flag(default, help):
 @dataclass
 class Recipe:
     """One training run. Lengths are in tokens. Beside each default: the 7B's value, or that it was never published."""
-    total_tokens: int = flag(1_500_000, "the whole run")                                        # 5,500e9
+    total_tokens: int = flag(1_000_000, "the whole run")                                        # 5,500e9
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")                       # unpublished
     ramp_tokens: int = flag(200_000, "batch size from its start to its end")                    # 50e9
-    decay_tokens: int = flag(500_000, "the last part, in which the learning rate decays")       # 500e9
+    decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")       # 500e9
     context: int = flag(256, "tokens in a sequence")                                            # 2048, 4096, then 8192
     batch_start: int = flag(4, "sequences in the first step")                                   # 128
     batch_end: int = flag(16, "sequences in a step after the ramp")                             # 2048
