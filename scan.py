@@ -131,9 +131,9 @@ def time_first(v: Tensor) -> Tensor:
 
 def fill_chunk(decay, hs, delta, u, A, B, h, reset):
     """Write one chunk's decays (c, b, n, d), and its states (c + 1, b, n, d) with h, the one before it, in front."""
+    if reset is not None:                                                # an endless step forgets everything
+        delta = delta.masked_fill(reset.T[..., None], torch.finfo(delta.dtype).max)
     torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
-    if reset is not None:
-        decay.masked_fill_(reset.T[:, :, None, None], 0)
     hs[0] = h
     torch.mul(u[:, :, None], B[..., None], out=hs[1:])                   # the drive, to which each step adds its past
     for before, now, a in zip(hs[:-1].unbind(), hs[1:].unbind(), decay.unbind()):
