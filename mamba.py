@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scan import selective_scan
+from scan import exp, selective_scan
 
 # Where config.json uses another name than we do.
 PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size", "d_conv": "conv_kernel",
@@ -137,7 +137,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split, self.eps = (r, n, n), config.mixer_norm_eps
+        self.split, self.eps = (r, 2 * n), config.mixer_norm_eps
         self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)       # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
@@ -151,7 +151,7 @@ class Mixer(nn.Module):
         x, z = self.in_proj(stream).chunk(2, dim=-1)                            # (b, l, d), (b, l, d)
         x, past = self.conv(x, past, reset)                                     # (b, l, d), (b, k - 1, d)
         dt, B, C = self.selection(x)                                            # (b, l, d), (b, l, n), (b, l, n)
-        A = -torch.exp(self.A_log.float())                                      # (d, n)
+        A = -exp(self.A_log.float())                                            # (d, n)
         # dt_proj's bias is added inside the scan, in fp32: it sets time scales from 0.001 to 0.1, too fine for bf16.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h0, reset)
         return self.out_proj(y), past, h
@@ -161,7 +161,7 @@ class Mixer(nn.Module):
         k, l = self.conv1d.kernel_size[0], x.shape[1]
         weight = self.conv1d.weight.float().squeeze(1).T.contiguous()           # (k, d), the present last
         window = torch.cat([past, x], dim=1)                                    # (b, k - 1 + l, d)
-        past = window[:, l:].clone()                                            # a view would keep the window alive
+        past, window = window[:, l:].clone(), window.float()                    # a view would keep the window alive
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                            # (b, k - 1 + l): a document's number
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
@@ -178,7 +178,9 @@ class Mixer(nn.Module):
 
         The reference's fused training kernel normalises dt after dt_proj, its evaluation before: we do as the latter.
         """
-        dt, B, C = (rms_norm(v, self.eps) for v in self.x_proj(x).split(self.split, dim=-1))   # (b, l, r | n | n)
+        dt, BC = self.x_proj(x).split(self.split, dim=-1)                       # (b, l, r), (b, l, 2n)
+        B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)         # (b, l, n), (b, l, n): one norm each
+        dt = rms_norm(dt, self.eps)
         return F.linear(dt.to(x.dtype), self.dt_proj.weight), B, C
 
 
