@@ -286,7 +286,7 @@ class Mamba(nn.Module):
             exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
             tensor = stored[name].get_tensor(name).to(device, torch.float32 if exact else dtype)
             setattr(module, leaf, nn.Parameter(tensor))
-            if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
+            if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
                 setattr(parent, path.rpartition(".")[2], replace(module))
         if config.tie_embeddings:
             model.lm_head.weight = model.backbone.embeddings.weight
