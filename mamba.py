@@ -1,16 +1,16 @@
 """Falcon-Mamba: the model and its checkpoint. Read scan.py first; sample.py and train.py come next.
 
-A language model that carries a state of fixed size from token to token, where a transformer carries a cache that grows
-with the text. Each of the 7B's sixty-four layers reads the residual stream and adds to it:
+A language model that carries a state of fixed size from token to token, where a transformer carries a cache
+that grows with the text. Each of the 7B's sixty-four layers reads the residual stream and adds to it:
 
-    x, z = in_proj(RMSNorm(stream))                  widen d_model to twice d_inner: a signal x and its gate z
-    x = SiLU(conv(x))                                each channel sees its own last d_conv inputs
-    dt, B, C = x_proj(x)                             how this token moves the state, chosen by the token itself
-    dt, B, C = RMSNorm(dt), RMSNorm(B), RMSNorm(C)   all that Falcon-Mamba adds to Mamba: it keeps training stable
-    y = scan(x, dt_proj(dt), A, B, C, D, z)          scan.py
+    x, z = in_proj(RMSNorm(stream))                 widen d_model to twice d_inner: a signal x and its gate z
+    x = SiLU(conv(x))                               each channel sees its own last d_conv inputs
+    dt, B, C = x_proj(x)                            how this token moves the state, chosen by the token itself
+    dt, B, C = RMSNorm(dt), RMSNorm(B), RMSNorm(C)  all that Falcon-Mamba adds to Mamba: training stays stable
+    y = scan(x, dt_proj(dt), A, B, C, D, z)         scan.py
     stream = stream + out_proj(y)
 
-Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; and the published
+Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; the published
 checkpoints, whose tensor names are our attribute names. `python mamba.py` prints the 7B, tensor by tensor.
 
 Sizes in the shape comments: b batch, l length, m d_model, d d_inner, n d_state, r dt_rank, k d_conv.
@@ -36,10 +36,10 @@ from torch import Tensor
 from scan import exp, selective_scan
 
 # Where config.json uses another name than we do.
-PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size", "d_conv": "conv_kernel",
-             "d_inner": "intermediate_size", "dt_rank": "time_step_rank", "norm_eps": "layer_norm_epsilon",
-             "mixer_norm_eps": "mixer_rms_eps", "bias": "use_bias", "conv_bias": "use_conv_bias",
-             "tie_embeddings": "tie_word_embeddings"}
+PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
+             "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
+             "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps", "bias": "use_bias",
+             "conv_bias": "use_conv_bias", "tie_embeddings": "tie_word_embeddings"}
 
 
 class CheckpointError(ValueError):
@@ -48,7 +48,7 @@ class CheckpointError(ValueError):
 
 @dataclass
 class MambaConfig:
-    """The sizes of a model. The defaults are Falcon-Mamba-7B's. CheckpointError for a value no model can have."""
+    """The sizes of a model; by default the 7B's. CheckpointError for a value that no model can have."""
     vocab_size: int = 65024
     d_model: int = 4096
     n_layer: int = 64
@@ -72,27 +72,29 @@ class MambaConfig:
         self.dt_rank = -(-whole // 16) if self.dt_rank is None else self.dt_rank
         for f in fields(self):
             value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
-            low, high = (0, 2**31) if f.name.endswith("_id") else (1, 2**10 if f.name == "n_layer" else 2**20)
-            if f.type is int and not (type(value) is int and low <= value <= high):
-                raise CheckpointError(f"{name} is {value!r:.50}, but must be a whole number from {low} to {high}")
-            if f.type is float and not (type(value) in (int, float) and 0 < value < 1):
-                raise CheckpointError(f"{name} is {value!r:.50}, but must be a number between 0 and 1")
-            if f.type is bool and type(value) is not bool:
-                raise CheckpointError(f"{name} is {value!r:.50}, but must be true or false")
+            low, high = (0, 2**31) if name.endswith("_id") else (1, 2**10 if f.name == "n_layer" else 2**20)
+            fits = {int: type(value) is int and low <= value <= high, bool: type(value) is bool,
+                    float: type(value) in (int, float) and 0 < value < 1}
+            kind = {int: f"a whole number from {low} to {high}", bool: "true or false",
+                    float: "a number between 0 and 1"}
+            if not fits[f.type]:
+                raise CheckpointError(f"{name} is {value!r:.50}, but must be {kind[f.type]}")
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":
-        """Read a published config.json; CheckpointError if it is missing, broken, or describes another architecture."""
+        """Read a published config.json; CheckpointError if missing, broken, or another architecture's."""
         raw = read_json(path)
-        for name, ours in {"model_type": "falcon_mamba", "hidden_act": "silu"}.items():
-            if raw.get(name, ours if name == "hidden_act" else None) != ours:
-                raise CheckpointError(f"{path} has {name} {raw.get(name)!r:.50}, but only {ours!r} is Falcon-Mamba's")
+        for name, found, ours in [("model_type", raw.get("model_type"), "falcon_mamba"),
+                                  ("hidden_act", raw.get("hidden_act", "silu"), "silu")]:
+            if found != ours:
+                raise CheckpointError(f"{path} has {name} {found!r:.50}, but only {ours!r} is Falcon-Mamba's")
         config = {f.name: raw.get(PUBLISHED.get(f.name, f.name)) for f in fields(cls)}
         config = {name: value for name, value in config.items() if value is not None}
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
-            raise CheckpointError(f"{path} lacks {' and '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
-        # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, which is 2 x 4096. The size is the truth.
-        if "d_inner" not in config and (expand := raw.get("expand")) is not None and type(config["d_model"]) is int:
+            raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
+        # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, 2 x 4096: the size is right.
+        expand = raw.get("expand")
+        if expand is not None and "d_inner" not in config and type(config["d_model"]) is int:
             if type(expand) not in (int, float) or not 0 < expand <= 2**20:
                 raise CheckpointError(f"expand is {expand!r:.50}, but must be a number from 0 to {2**20}")
             config["d_inner"] = int(expand * min(config["d_model"], 2**30))
@@ -104,15 +106,15 @@ class MambaConfig:
 
     def to_json(self, path: Path) -> None:
         """Write what transformers reads as a FalconMambaConfig."""
-        raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "hidden_act": "silu",
-               "expand": max(1, self.d_inner // self.d_model), "residual_in_fp32": True}
+        raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
+               "hidden_act": "silu", "expand": max(1, self.d_inner // self.d_model), "residual_in_fp32": True}
         raw |= {PUBLISHED.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
         path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 class State(NamedTuple):
     """All that the model remembers of the text so far: 35 MB for the 7B, after one token or a million."""
-    conv: list[Tensor]      # a layer: (b, k - 1, d), the last inputs of its convolution, in the activations' dtype
+    conv: list[Tensor]      # a layer: (b, k - 1, d), its convolution's last inputs, in the activations' dtype
     ssm: list[Tensor]       # a layer: (b, d, n) fp32, as bf16 states are known to drift into gibberish
 
 
@@ -139,7 +141,7 @@ class Mixer(nn.Module):
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
         self.split, self.eps = (r, 2 * n), config.mixer_norm_eps
         self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
-        self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)       # holds the tensors; see conv()
+        self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
         self.dt_proj = nn.Linear(r, d)
         self.A_log = nn.Parameter(torch.empty(d, n))
@@ -147,41 +149,45 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, stream, past, h0, reset):
-        """stream (b, l, m), the layer's two states, reset (b, l) or None -> (b, l, m) and the two states after it."""
-        x, z = self.in_proj(stream).chunk(2, dim=-1)                            # (b, l, d), (b, l, d)
-        x, past = self.conv(x, past, reset)                                     # (b, l, d), (b, k - 1, d)
-        dt, B, C = self.selection(x)                                            # (b, l, d), (b, l, n), (b, l, n)
-        A = -exp(self.A_log.float())                                            # (d, n)
-        # dt_proj's bias is added inside the scan, in fp32: it sets time scales from 0.001 to 0.1, too fine for bf16.
+        """stream (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
+        x, z = self.in_proj(stream).chunk(2, dim=-1)                        # (b, l, d), (b, l, d)
+        x, past = self.conv(x, past, reset)                                 # (b, l, d), (b, k - 1, d)
+        dt, B, C = self.selection(x)                                        # (b, l, d), (b, l, n), (b, l, n)
+        A = -exp(self.A_log.float())                                        # (d, n)
+        # dt_proj's bias is added in the scan, in fp32: its time scales, 0.001 to 0.1, are too fine for bf16.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h0, reset)
         return self.out_proj(y), past, h
 
     def conv(self, x, past, reset):
-        """SiLU of the causal convolution, as k shifted products, so that no tap reaches back past a reset."""
+        """SiLU of the causal convolution, as k shifted products, so that no tap reaches back past a reset.
+
+        `doc` numbers documents: with k = 3, reset = [0, 1, 0] gives doc = [0, 0 | 0, 1, 1], and 0 is the text
+        before. Token 1 sees only itself: its taps at tokens -1 and 0 have another number and count as zeros.
+        """
         k, l = self.conv1d.kernel_size[0], x.shape[1]
-        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()           # (k, d), the present last
-        window = torch.cat([past, x], dim=1)                                    # (b, k - 1 + l, d)
-        past, window = window[:, l:].clone(), window.float()                    # a view would keep the window alive
+        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d), the present last
+        window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
+        past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
         if reset is not None:
-            doc = F.pad(reset.cumsum(1), (k - 1, 0))                            # (b, k - 1 + l): a document's number
+            doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
         y = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
         for i in range(k):
-            tap = window[:, i:i + l]                                            # (b, l, d): inputs of k - 1 - i ago
+            tap = window[:, i:i + l]                                        # (b, l, d), of k - 1 - i ago
             if reset is not None:
                 tap = tap.masked_fill((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y = torch.addcmul(y, tap, weight[i])
+            y = torch.addcmul(y, tap, weight[i])                            # (b, l, d)
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
-        """dt, B and C of each token. The weightless norms, and with them all of Falcon-Mamba's novelty, are here.
+        """dt, B and C of each token. The three weightless norms, all that is new in Falcon-Mamba, are here.
 
-        The reference's fused training kernel normalises dt after dt_proj, its evaluation before: we do as the latter.
+        The reference's fused training kernel normalises dt after dt_proj, its evaluation before, as we do.
         """
-        dt, BC = self.x_proj(x).split(self.split, dim=-1)                       # (b, l, r), (b, l, 2n)
-        B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)         # (b, l, n), (b, l, n): one norm each
-        dt = rms_norm(dt, self.eps)
-        return F.linear(dt.to(x.dtype), self.dt_proj.weight), B, C
+        dt, BC = self.x_proj(x).split(self.split, dim=-1)                   # (b, l, r), (b, l, 2n)
+        B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)     # (b, l, n) each, a norm each
+        dt = rms_norm(dt, self.eps).to(x.dtype)
+        return F.linear(dt, self.dt_proj.weight), B, C                      # (b, l, d), (b, l, n), (b, l, n)
 
 
 class Block(nn.Module):
@@ -192,7 +198,7 @@ class Block(nn.Module):
 
     def forward(self, stream, past, h0, reset):
         out, past, h = self.mixer(self.norm(stream), past, h0, reset)
-        return stream + out, past, h                                            # the stream stays fp32
+        return stream + out, past, h                                        # the stream stays fp32
 
 
 class Backbone(nn.Module):
@@ -203,7 +209,7 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, tokens, state, reset=None):
-        stream, after = self.embeddings(tokens).float(), State([], [])          # (b, l, m)
+        stream, after = self.embeddings(tokens).float(), State([], [])      # (b, l, m)
         for layer, past, h in zip(self.layers, *state):
             stream, past, h = layer(stream, past, h, reset)
             after.conv.append(past)
@@ -212,13 +218,18 @@ class Backbone(nn.Module):
 
 
 @contextmanager
-def matrix_vector_kernels(wanted: bool):
-    """For a single token on a CPU, leave oneDNN out: PyTorch's own bf16 product reads weights twice as fast there."""
-    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, not wanted and torch.backends.mkldnn.enabled
+def vector_products(wanted: bool):
+    """Leave oneDNN out of one token's products: PyTorch's own bf16 kernel reads weights twice as fast.
+
+    For two rows and more, oneDNN is as fast or faster. The switch is the process's own, so it is set back.
+    """
+    mkldnn = torch.backends.mkldnn
+    before = mkldnn.enabled
+    mkldnn.enabled = before and not wanted
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        mkldnn.enabled = before
 
 
 class Mamba(nn.Module):
@@ -235,30 +246,32 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None,
                 last_only: bool = False) -> tuple[Tensor, State]:
-        """Read tokens (b, l), any number of them, from `state` (a blank one if None), which is left as it was.
+        """Read tokens (b, l), any number of them, from `state` (blank if None), which is left as it was.
 
-        reset (b, l) bool is true where a document starts: nothing before that token is seen by it or any later one.
+        reset (b, l) bool is true where a document starts: nothing before that token reaches it or later ones.
         So packed documents do not leak, and padding on the left is just another document before the prompt.
-        Returns logits (b, l, vocab_size) in fp32, (b, 1, vocab_size) with last_only, and the state to go on from.
+        Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
-        with matrix_vector_kernels(tokens.numel() == 1):
+        with vector_products(tokens.numel() == 1):
             x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
             return self.lm_head(x[:, -1:] if last_only else x).float(), state
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
         c, weight = self.config, self.backbone.norm_f.weight
-        return State([weight.new_zeros(batch, c.d_conv - 1, c.d_inner) for _ in range(c.n_layer)],
-                     [weight.new_zeros(batch, c.d_inner, c.d_state, dtype=torch.float32) for _ in range(c.n_layer)])
+        conv = weight.new_zeros(c.n_layer, batch, c.d_conv - 1, c.d_inner)
+        ssm = weight.new_zeros(c.n_layer, batch, c.d_inner, c.d_state, dtype=torch.float32)
+        return State([*conv], [*ssm])
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu",
+                        dtype: torch.dtype | None = None,
                         replace: Callable[[nn.Linear], nn.Module] | None = None) -> "Mamba":
         """Load a folder, or a Hugging Face hub id, which is downloaded first.
 
-        On a CPU in the checkpoint's own dtype (dtype None) the weights stay in the mapped files: nothing is copied.
+        On a CPU in the checkpoint's own dtype (dtype None) the weights stay in the mapped files, uncopied.
         A_log, D, the convolution and dt_proj's bias are small and exact: they become fp32 whatever the dtype.
-        `replace` is given each in_proj, x_proj and out_proj as soon as it is loaded, and returns what takes its place.
+        `replace` is given each in_proj, x_proj and out_proj once loaded; what it returns takes its place.
         CheckpointError, in one sentence, for anything that is missing, broken, or does not fit together.
         """
         folder = find(source)
@@ -278,8 +291,11 @@ class Mamba(nn.Module):
                 wrong.append(f"{name} in {found.get_dtype()}, which is no plain float")
         if wrong:
             more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
-            raise CheckpointError(f"the tensors of {folder} do not fit its config.json: {', '.join(wrong[:4])}{more}")
-        dtype = dtype or stored["backbone.embeddings.weight"].get_tensor("backbone.embeddings.weight").dtype
+            raise CheckpointError(f"the tensors of {folder} do not fit its config.json: "
+                                  f"{', '.join(wrong[:4])}{more}")
+        embeddings = "backbone.embeddings.weight"
+        dtype = dtype or stored[embeddings].get_tensor(embeddings).dtype
+        dtype = torch.float32 if dtype == torch.float64 else dtype
         for name in wanted:
             path, _, leaf = name.rpartition(".")
             module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
@@ -311,8 +327,8 @@ class Mamba(nn.Module):
             if same and len(files) == 1 and not old - set(files):
                 os.replace(new / files[0], folder / files[0])
                 return
-            # Several files cannot change in one move. While they do, no config.json says this is a checkpoint, and the
-            # old ones wait aside, to come back if a move fails.
+            # Several files cannot change in one move. While they do, no config.json says that this is a
+            # checkpoint, and the old ones wait aside, to come back if a move fails.
             kept, moved = new / "old", []
             kept.mkdir()
             try:
@@ -336,12 +352,12 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: MambaConfig) -> None:
-    """Fresh weights as the reference draws them: fading times spread from fast to slow, steps from 0.001 to 0.1."""
+    """Fresh weights as the reference draws them: states that fade at n speeds, steps from 0.001 to 0.1."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=config.initializer_range)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-    if isinstance(module, Mixer):                          # after its linear parts, which apply() visits first
+    if isinstance(module, Mixer):       # after its linear parts, which apply() visits first
         d, n, r = config.d_inner, config.d_state, config.dt_rank
         module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(d, n))
         nn.init.ones_(module.D)
@@ -375,15 +391,16 @@ def find(source: str | Path) -> Path:
     if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise CheckpointError(f"{str(source)!r:.200} is not a folder; `python train.py` makes one called out")
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        wanted = ["*.json", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
         raise CheckpointError(f"{source} is not a folder here and could not be downloaded "
-                              f"({' '.join(str(e).split())[:200]}); without a network, `python train.py` makes a "
-                              "small model and `--model out` uses it") from e
+                              f"({' '.join(str(e).split())[:200]}); without a network, `python train.py` "
+                              "makes a small model and `--model out` uses it") from e
 
 
 def open_tensors(folder: Path) -> dict:
-    """Every tensor name in the folder's safetensors -> the open file that holds it. Nothing is read but headers."""
+    """Every tensor name in the folder's safetensors -> the open file that holds it; only headers are read."""
     paths = [folder / "model.safetensors"]
     if not paths[0].exists():
         index = folder / "model.safetensors.index.json"
@@ -395,7 +412,7 @@ def open_tensors(folder: Path) -> dict:
             raise CheckpointError(f"{index} has no weight_map from tensors to files")
         for name in names.values():
             if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-                raise CheckpointError(f"{index} points to {name!r:.80}, which is not a safetensors file beside it")
+                raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
         paths = [folder / name for name in sorted(set(names.values()))]
     stored = {}
     for path in paths:
@@ -412,14 +429,15 @@ def open_tensors(folder: Path) -> dict:
 
 if __name__ == "__main__":
     with torch.device("meta"):
-        tensors = dict(Mamba(MambaConfig()).named_parameters())
-    print(f"Falcon-Mamba-7B: {len(tensors)} tensors, in bf16\n{'tensor':48}{'shape':>16}{'parameters':>16}{'MB':>10}")
-    for name, p in tensors.items():
-        if not re.search(r"layers\.([1-9]|\d\d)\.", name):
-            shape = " x ".join(map(str, p.shape))
-            print(f"{name:48}{shape:>16}{p.numel():16,}{2 * p.numel() / 1e6:10.2f}")
-        elif name.startswith("backbone.layers.1.norm"):
-            layer = sum(p.numel() for name, p in tensors.items() if ".layers.0." in name)
-            print(f"{'  ... and as layer 0, layers 1 to 63':48}{'63 x':>16}{63 * layer:16,}{126 * layer / 1e6:10.2f}")
-    total = sum(p.numel() for p in tensors.values())
-    print(f"{'total':64}{total:16,}{2 * total / 1e6:10.2f}\n{total:,}")
+        model = Mamba(MambaConfig())
+    layers = model.config.n_layer
+    print(f"{'tensor':42}{'shape':>16}{'parameters':>16}{'bytes in bf16':>18}")
+    for name, p in model.named_parameters():
+        if ".layers." not in name or ".layers.0." in name:
+            shape, count = " x ".join(map(str, p.shape)), p.numel()
+            print(f"{name:42}{shape:>16}{count:16,}{2 * count:18,}")
+        elif name == "backbone.layers.1.norm.weight":
+            count = (layers - 1) * sum(p.numel() for p in model.backbone.layers[0].parameters())
+            print(f"{f'  and so on, layers 1 to {layers - 1}':58}{count:16,}{2 * count:18,}")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{2 * count:,} bytes in {len([*model.parameters()])} tensors; parameters: {count:,}")
