@@ -1,12 +1,11 @@
-"""Text from a Falcon-Mamba: read a prompt, then write one token after another. After mamba.py; train.py is next.
+"""Text from a Falcon-Mamba: read a prompt, then write token after token. After mamba.py; train.py is next.
 
-    python sample.py --model out --prompt "def "                  what `python train.py` made
-    python sample.py --prompt "Hello today" --temperature 0       the published 7B: a 15 GB download, 17 GB of memory
+    python sample.py --model out --prompt "def "              what `python train.py` made
+    python sample.py --prompt "Hello today" --temperature 0   the published 7B: 15 GB to download and to hold
 
-Reading and writing are the same call, model(tokens, state), with many tokens or with one. The state has a fixed size,
-so the millionth token costs what the first did, and a file of it is the whole cache of a prompt, however long.
-
-The text goes to standard output, everything else to standard error.
+Reading and writing are the same call, model(tokens, state), with many tokens or with one. The state has a
+fixed size, so the millionth token costs what the first did, and a file of it is the whole cache of a prompt,
+however long. The text goes to standard output, everything else to standard error.
 """
 import argparse
 import os
@@ -30,15 +29,17 @@ PIECE = 512     # tokens of a prompt read at a time: enough to keep the matrix p
 
 
 @torch.inference_mode()
-def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, stop: int | None = None, generator: torch.Generator | None = None,
-             state: State | None = None, reset: Tensor | None = None) -> Iterator[Tensor]:
-    """Read tokens (b, l) from `state`, then yield up to max_new_tokens times the next token of each row, (b,).
+def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None, stop: int | None = None,
+             generator: torch.Generator | None = None, state: State | None = None,
+             reset: Tensor | None = None) -> Iterator[Tensor]:
+    """Read tokens (b, l) from `state`, then yield, up to max_new_tokens times, each row's next token, (b,).
 
-    Temperature 0 takes the likeliest token. Otherwise one is drawn from softmax(logits / temperature), from the top_k
-    likeliest and from the smallest set of them that holds top_p of the probability. A row that has yielded `stop`
-    goes on yielding it; when all have, generation ends. reset (b, l) as in Mamba.forward; left padding is a document.
-    The generator returns the state after all tokens but the last. ValueError if tokens are none or logits not finite.
+    Temperature 0 takes the likeliest token. Otherwise one is drawn from softmax(logits / temperature), from
+    the top_k likeliest and from the smallest set of them that holds top_p of the probability. A row that has
+    yielded `stop` goes on yielding it; when all have, generation ends. reset (b, l) is as in Mamba.forward:
+    padding on the left is a document. The generator returns the state after all tokens but the last.
+    ValueError if there is no token to read, or if the logits are not finite.
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
@@ -47,9 +48,11 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         if piece.shape[1]:
             _, state = model(piece, state, starts, last_only=True)
     token, starts = tokens[:, -1], reset[:, -1:] if reset[:, -1].any() else None
-    done = torch.zeros_like(token, dtype=torch.bool)
-    for _ in range(max_new_tokens):
-        logits, state = model(token[:, None], state, starts)
+    done, step = torch.zeros_like(token, dtype=torch.bool), model
+    for i in range(max_new_tokens):
+        if i == 1 and tokens.is_cuda:
+            step = replayed(model, state)
+        logits, state = step(token[:, None], state, starts)
         token, starts = choose(logits[:, 0], temperature, top_k, top_p, generator), None
         if stop is not None:
             token = token.masked_fill(done, stop)
@@ -60,28 +63,55 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     return state
 
 
+def replayed(model: Mamba, state: State):
+    """model(token, state, None) for one token a row, captured in a CUDA graph: one launch, not a thousand.
+
+    Token and state live in buffers that each replay reads and overwrites, so the state that is passed in
+    counts only here. We have not run this on a GPU yet.
+    """
+    state = State(*([v.clone() for v in part] for part in state))
+    token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device=state.ssm[0].device)
+    side = torch.cuda.Stream()      # PyTorch asks for a warm-up on a stream of its own before a capture
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model(token, state)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits, after = model(token, state)
+        for old, new in zip([*state.conv, *state.ssm], [*after.conv, *after.ssm]):
+            old.copy_(new)
+
+    def step(new_token, *_):
+        token.copy_(new_token)
+        graph.replay()
+        return logits, state
+    return step
+
+
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits (b, vocab_size) -> (b,)."""
     best = logits.max(-1, keepdim=True)
     if not best.values.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or too large for --dtype fp16")
+        raise ValueError("the logits are not finite: the weights are damaged, or too large for --dtype fp16")
     if temperature == 0:
         return best.indices[:, 0]
-    logits = (logits - best.values) / temperature                 # the likeliest at 0: no temperature overflows
+    logits = (logits - best.values) / temperature             # the likeliest at 0: no temperature overflows
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None:
         ordered, order = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)       # the probability of all likelier tokens
-        before[:, 0] = 0                                          # the likeliest always stays
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)   # the probability of all likelier tokens
+        before[:, 0] = 0                                      # the likeliest always stays
         logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def save_state(path: Path, state: State, last: Tensor) -> None:
+def save_state(path: Path, state: State, last: int) -> None:
     """Write one text's state and its last token, which the state has not read: a whole new file or none."""
-    tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": last}
+    tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last])}
     new = path.with_name(path.name + ".saving")
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
@@ -91,29 +121,30 @@ def save_state(path: Path, state: State, last: Tensor) -> None:
         raise CheckpointError(f"cannot write the state file {path}: {e}") from e
 
 
-def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, Tensor]:
-    """Read what save_state wrote -> the state, on `device`, and the last token (1,)."""
-    blank = model.blank_state(1)
-    wanted = {"conv": torch.stack(blank.conv), "ssm": torch.stack(blank.ssm), "last": torch.zeros(1, dtype=torch.int64)}
+def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, int]:
+    """Read what save_state wrote -> the state, on `device`, and the last token."""
+    wanted = {name: torch.stack(part) for name, part in model.blank_state(1)._asdict().items()}
+    wanted["last"] = torch.zeros(1, dtype=torch.int64)
     try:
         with safe_open(path, framework="pt") as file:
             if {*file.keys()} != {*wanted}:
-                raise CheckpointError(f"{path} is not a state file, which holds {', '.join(wanted)} and nothing else")
+                raise CheckpointError(f"{path} is not a state file: that holds {', '.join(wanted)} alone")
             found = {name: file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{path} is not a state file: {e}") from e
     for name, like in wanted.items():
         tensor = found[name]
-        floats = tensor.is_floating_point() and like.is_floating_point()       # of any size: --dtype may differ
+        floats = tensor.is_floating_point() and like.is_floating_point()    # of any size: --dtype may differ
         if tensor.shape != like.shape or not (floats or tensor.dtype == like.dtype):
-            raise CheckpointError(f"{path} has {name} {[*tensor.shape]} in {tensor.dtype}, but this model's state has "
-                                  f"{[*like.shape]} in {like.dtype}")
+            raise CheckpointError(f"{path} has {name} {[*tensor.shape]} in {tensor.dtype}, but this model's "
+                                  f"state has {[*like.shape]} in {like.dtype}")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path} has values of {name} that are not finite")
     conv, ssm, last = (found[name].to(device, like.dtype) for name, like in wanted.items())
     if not 0 <= last.item() < model.config.vocab_size:
-        raise CheckpointError(f"{path} ends in token {last.item()}, but the vocabulary has {model.config.vocab_size}")
-    return State([*conv], [*ssm]), last
+        raise CheckpointError(f"{path} ends in token {last.item()}, but the vocabulary has "
+                              f"{model.config.vocab_size}")
+    return State([*conv], [*ssm]), last.item()
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -126,7 +157,8 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     tokenizer.no_padding()
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     if lost := "".join(sorted(set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False)))):
-        print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it", file=sys.stderr)
+        print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it",
+              file=sys.stderr)
     return tokens
 
 
@@ -135,13 +167,14 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
     folder = find(args.model)
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} has no tokenizer.json; copy the one its model was trained with into it")
+        raise CheckpointError(f"{folder} has no tokenizer.json; copy its model's own into it")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    model = Mamba.from_pretrained(folder, args.device, dtype, replace=nf4(args.device) if args.quantize else None)
+    replace = nf4(args.device) if args.quantize else None
+    model = Mamba.from_pretrained(folder, args.device, dtype, replace)
     if (size := vocabulary(tokenizer)) > model.config.vocab_size:
         raise CheckpointError(f"{path} has {size} tokens, but the model {model.config.vocab_size}")
     return model, tokenizer
@@ -153,7 +186,7 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 
 def nf4(device: torch.device):
-    """What turns a linear layer into one of 4-bit "normal floats" (QLoRA, arXiv 2305.14314), a quarter of bf16."""
+    """What turns a linear layer into one of 4-bit "normal floats" (QLoRA, arXiv 2305.14314)."""
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -171,7 +204,10 @@ def nf4(device: torch.device):
 def compile_blocks() -> None:
     """Let torch.compile fuse what a block does to one token: once, for all layers. Prompts run as before."""
     eager, fused = Block.forward, torch.compile(Block.forward, dynamic=False)
-    Block.forward = lambda self, stream, *rest: (fused if stream.shape[1] == 1 else eager)(self, stream, *rest)
+
+    def forward(self, stream, *rest):
+        return (fused if stream.shape[1] == 1 else eager)(self, stream, *rest)
+    Block.forward = forward
 
 
 def peak_memory(device: torch.device) -> str:
@@ -186,18 +222,17 @@ def peak_memory(device: torch.device) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = args.device
+    """Load, read, write, and report on standard error."""
     if "-" in (args.prompt or []) and sys.stdin is None:
         raise ValueError("standard input is closed, so --prompt - has nothing to read")
-    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompt or [""]]
+    prompts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in args.prompt or [""]]
     if not args.load_state and not all(prompts):
         raise ValueError("a prompt is empty: give at least one character with --prompt")
-    start = time.perf_counter()
+    start, state, reset = time.perf_counter(), None, None
     model, tokenizer = load(args)
     rows = [encode(tokenizer, prompt) for prompt in prompts]
-    state = None
     if args.load_state:
-        state, last = load_state(args.load_state, model, device)
+        state, last = load_state(args.load_state, model, args.device)
         state = State(*([v.expand(args.num_samples, -1, -1) for v in part] for part in state))
         rows[0].insert(0, last)
     if not all(rows):
@@ -205,50 +240,55 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         compile_blocks()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"{args.model}: {weights / 1e9:.2f} GB of weights on {device}, {model.lm_head.weight.dtype}, scan: "
-          f"{default_backend(device, 2)}; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    print(f"{args.model}: {weights / 1e9:.2f} GB of weights on {args.device}, {model.lm_head.weight.dtype}; "
+          f"scan: {default_backend(args.device, PIECE)} for prompts, {default_backend(args.device, 1)} for "
+          f"tokens; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
     prompts, rows = prompts * args.num_samples, rows * args.num_samples
-    longest, reset = max(map(len, rows)), None
-    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)    # padded on the left
-    if not args.load_state:     # each prompt is a document, which does not see the padding before it
-        first = torch.tensor([[longest - len(row)] for row in rows], device=device)
-        reset = torch.arange(longest, device=device) == first
+    padding = torch.tensor([[max(map(len, rows)) - len(row)] for row in rows], device=args.device)
+    tokens = torch.tensor([[0] * int(pad) + row for pad, row in zip(padding, rows)], device=args.device)
+    if not args.load_state:     # each prompt is a document, and does not see the padding on its left
+        reset = torch.arange(tokens.shape[1], device=args.device) == padding
     stop = tokenizer.token_to_id("<|endoftext|>")
     stop = model.config.eos_token_id if stop is None else stop
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop,
-                     torch.Generator(device).manual_seed(args.seed), state, reset)
+                     torch.Generator(args.device).manual_seed(args.seed), state, reset)
+    state, made, times = write(steps, tokenizer, prompts, stop)
 
-    decoders, texts, made, times = [DecodeStream() for _ in rows], list(prompts), 0, [time.perf_counter()]
-    print(prompts[0], end="", flush=True)
-    while True:
-        try:
-            token = next(steps).tolist()
-        except StopIteration as end:
-            state = end.value
-            break
-        times.append(time.perf_counter())
-        for i, (decoder, t) in enumerate(zip(decoders, token)):
-            if t != stop:
-                made += 1
-                piece = decoder.step(tokenizer, t) or ""    # nothing while a character is not whole
-                texts[i] += piece
-                if i == 0:
-                    print(piece, end="", flush=True)
-        last = token[0]
-    for text in ["", *texts[1:]]:
-        print(text)
     if args.save_state:
-        save_state(args.save_state, state or model.blank_state(1), torch.tensor([last if len(times) > 1 else rows[0][-1]]))
-    head = sum(p.numel() * p.element_size() for p in model.backbone.embeddings.parameters())
-    read = weights if model.config.tie_embeddings else weights - head       # of the embeddings a token reads one row
-    report = f"seed {args.seed}"
+        save_state(args.save_state, state or model.blank_state(1), made[0][-1] if made[0] else rows[0][-1])
+    if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
+        weights -= sum(p.numel() * p.element_size() for p in model.backbone.embeddings.parameters())
+    report = [f"seed {args.seed}", f"{sum(map(len, made))} tokens made"]
     if len(times) > 1:
-        report += f"; prefill {tokens.numel() / (times[1] - times[0]):.1f} tokens/s"
+        report.append(f"prefill {sum(map(len, rows)) / (times[1] - times[0]):.1f} tokens/s")
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
-        report += f"; decode {rate * len(rows):.1f} tokens/s, {rate * read / 1e9:.1f} GB/s of weights"
-    print(f"{report}; {made} tokens made; at most {peak_memory(device)}", file=sys.stderr)
+        report.append(f"decode {rate * len(rows):.1f} tokens/s, {rate * weights / 1e9:.1f} GB/s of weights")
+    print(f"{'; '.join(report)}; at most {peak_memory(args.device)}", file=sys.stderr)
+
+
+def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str],
+          stop: int) -> tuple[State | None, list[list[int]], list[float]]:
+    """Print the first text as it is made and the others after it -> the state, each row's tokens, the times.
+
+    A row's tokens end with `stop` if it came; a character is printed once all of its bytes are there.
+    """
+    decoders, texts = [DecodeStream() for _ in prompts], list(prompts)
+    made, times, shown = [[] for _ in prompts], [time.perf_counter()], 0
+    while True:
+        try:
+            row_tokens = next(steps).tolist()
+        except StopIteration as end:
+            print("\n".join([texts[0][shown:], *texts[1:]]))
+            return end.value, made, times
+        times.append(time.perf_counter())
+        for i, token in enumerate(row_tokens):
+            if stop not in made[i][-1:]:
+                made[i].append(token)
+                texts[i] += "" if token == stop else decoders[i].step(tokenizer, token) or ""
+        print(texts[0][shown:], end="", flush=True)
+        shown = len(texts[0])
 
 
 def number(kind: type, low: float, high: float):
@@ -257,7 +297,8 @@ def number(kind: type, low: float, high: float):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {'whole ' if kind is int else ''}number") from None
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {whole}number") from None
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text:.50} is not from {low} to {high}")
         return value
@@ -284,16 +325,19 @@ def out_of_memory(e: RuntimeError) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with a Falcon-Mamba.")
     add = parser.add_argument
-    add("--model", default="tiiuae/falcon-mamba-7b-pre-decay", help="folder or Hugging Face hub id (default %(default)s)")
-    add("--prompt", action="append", metavar="TEXT", help="text to continue, - for standard input; repeat for a batch")
+    add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
+        help="folder or Hugging Face hub id (default %(default)s)")
+    add("--prompt", action="append", metavar="TEXT",
+        help="text to continue, - for standard input; repeat for a batch")
     add("--max-new-tokens", type=number(int, 0, 10**9), default=200, help="default %(default)s")
-    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0 takes the likeliest (default %(default)s)")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8,
+        help="0 takes the likeliest (default %(default)s)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
-    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest tokens that hold this much probability")
+    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this probability")
     add("--seed", type=number(int, 0, 2**63 - 1), help="the same seed, the same text (default: a new one)")
-    add("--num-samples", type=number(int, 1, 10**6), default=1, help="continuations of each prompt (default 1)")
-    add("--device", type=device, default="auto", help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one)")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto is the checkpoint's own")
+    add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
+    add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: as stored")
     add("--quantize", choices=["nf4"], help="4-bit weights, through the package bitsandbytes")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
     add("--save-state", type=Path, metavar="FILE", help="where to keep the state after the text")
@@ -305,8 +349,9 @@ def main() -> None:
         parser.error(f"a state file holds one text, but there are {len(args.prompt)} prompts")
     if args.save_state and args.num_samples > 1:
         parser.error(f"a state file holds one text, but --num-samples is {args.num_samples}")
-    if args.compile and args.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        parser.error("--compile needs a C++ compiler for the CPU, and there is no g++ here")
+    compiler = os.environ.get("CXX", "g++").split()[-1]
+    if args.compile and args.device.type == "cpu" and not shutil.which(compiler):
+        parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
     if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
         parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
     args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
@@ -316,6 +361,8 @@ def main() -> None:
         if not out_of_memory(e):
             raise
         sys.exit(f"sample.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try --quantize nf4")
+    except BrokenPipeError:     # whoever read the text has had enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:
         sys.exit(f"sample.py: {e}")
     except KeyboardInterrupt:

@@ -108,3 +108,22 @@ def test_the_published_7b_writes_its_published_text(monkeypatch, capsys):
     out = run(monkeypatch, capsys, os.environ["FALCON_MAMBA_7B"], "--prompt", "Hello today", "--temperature", "0",
               "--max-new-tokens", "20").out
     assert out.startswith("Hello today I am going to show you how to make a simple and easy to make paper plane.\nStep")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: there are no graphs to replay elsewhere")
+def test_replaying_the_graph_writes_what_eager_steps_write(folder):
+    model, prompt = Mamba.from_pretrained(folder, "cuda"), torch.tensor([[1, 2, 3], [9, 8, 7]], device="cuda")
+    text = prompt
+    for token in generate(model, prompt, 20, temperature=0):
+        with torch.inference_mode():
+            expected = model(text)[0][:, -1].argmax(-1)
+        assert torch.equal(token, expected)
+        text = torch.cat([text, token[:, None]], 1)
+
+
+def test_a_reader_who_leaves_ends_it_quietly(folder):
+    import subprocess
+    command = f"{sys.executable} sample.py --model {folder} --prompt a --max-new-tokens 3000 --device cpu | head -c 1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True,
+                           cwd=Path(sample.__file__).parent)
+    assert ended.returncode == 0 and ended.stdout == "a" and "rror" not in ended.stderr
