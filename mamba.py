@@ -181,7 +181,7 @@ class Mixer(nn.Module):
         dt, BC = self.x_proj(x).split(self.split, dim=-1)                       # (b, l, r), (b, l, 2n)
         B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)         # (b, l, n), (b, l, n): one norm each
         dt = rms_norm(dt, self.eps)
-        return F.linear(dt.to(x.dtype), self.dt_proj.weight), B, C
+        return F.linear(dt.to(x.dtype), self.dt_proj.weight.to(x.dtype)), B, C
 
 
 class Block(nn.Module):
