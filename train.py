@@ -3,7 +3,7 @@
     python train.py                                 a byte-level model of Python's standard library, into out/
     python sample.py --model out --prompt "def "    and what it learned
     python train.py --resume                        after Ctrl-C or a power cut: on from the last checkpoint
-    python train.py --data code=src/:0.7 --data prose=books/:0.3 --out mine --total-tokens 2e7
+    python train.py --data code=src/:0.7 --data prose=books/:0.3 --out mine --total-tokens 20_000_000
     python train.py --data web/ --tokenizer tokenizer.json --tokenize-to web.bin     a corpus beyond memory
     python train.py --recipe falcon-mamba-7b --plan --world-size 256                 the run on paper
     torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --checkpoint-activations
@@ -32,10 +32,12 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
@@ -62,8 +64,8 @@ END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
 
 
-def flag(default, help, low=0):
-    return field(default=default, metadata={"help": help, "low": low})
+def flag(default, help, low=0, high=2**60):
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,16 @@ class Recipe:
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
     ramp_tokens: int = flag(150_000, "batch size from its start to its end")
     decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")
-    batch_start: int = flag(4, "sequences in the first step", 1)
-    batch_end: int = flag(16, "sequences in a step after the ramp", 1)
-    stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2.5e12,4e12")
-    context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1)
+    batch_start: int = flag(4, "sequences in the first step", 1, 2**20)
+    batch_end: int = flag(16, "sequences in a step after the ramp", 1, 2**20)
+    stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2500000,4000000")
+    context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
     mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one text a stage")
     lr: float = flag(4e-3, "the learning rate's peak")
     decay_factor: float = flag(256, "by which the learning rate decays in all", 1)
     weight_decay: float = flag(0.1, "AdamW's, of matrices only")
-    beta1: float = flag(0.9, "AdamW's")
-    beta2: float = flag(0.95, "AdamW's")
+    beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
+    beta2: float = flag(0.95, "AdamW's", 0, 0.9999999)
     clip: float = flag(1.0, "largest norm of the gradient")
     seed: int = flag(0, "of the weights and of the order of the data")
     init_from: str = flag("", "folder or hub id of a model to start from (else fresh weights)")
@@ -95,6 +97,10 @@ class Recipe:
                 raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
         for start in self.stages:
             mixture(self, start)
+        if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
+            raise ValueError(f"--total-tokens {self.total_tokens} is too few for --warmup-tokens "
+                             f"{self.warmup_tokens} or --ramp-tokens {self.ramp_tokens}, and then --decay-tokens "
+                             f"{self.decay_tokens}")
 
 
 def batch_size(recipe: Recipe, tokens: int) -> int:
@@ -109,6 +115,14 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
     since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
     return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
+
+
+def scaled(recipe: Recipe, total: int) -> Recipe:
+    """The same recipe over another number of tokens: each phase keeps its share."""
+    lengths = {name: getattr(recipe, name) * total // recipe.total_tokens
+               for name in ("warmup_tokens", "ramp_tokens", "decay_tokens")}
+    stages = tuple(start * total // recipe.total_tokens for start in recipe.stages)
+    return replace(recipe, total_tokens=total, stages=stages, **lengths)
 
 
 def stage(recipe: Recipe, tokens: int) -> int:
@@ -180,9 +194,10 @@ def standard_library() -> list[Path]:
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
     """All files' tokens, a mebibyte of lines at a time, END after each file, in an order the seed fixes."""
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [file for file in files if not file.is_dir()]
-    kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    files = []
+    for path in paths:          # in a folder lie pipes and dangling links too
+        files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    kind = np.uint16 if sample.vocabulary(tokenizer) <= 2**16 else np.uint32
     for i in range(len(files)):
         path = files[shuffled(i, len(files), (seed, "files"))]
         try:
@@ -215,14 +230,16 @@ class Source:
         cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
         cut += int(ends[0]) + 1 if len(ends) else 0         # from the first document that begins there
-        self.parts = {"training": tokens[:cut], "held-out": tokens[cut:]}
+        self.parts = {"training": tokens[:cut], "held out": tokens[cut:]}
+        for part in self.parts:
+            self.rows(part, max(recipe.context))
 
     def rows(self, part: str, length: int) -> int:
         """How many rows of `length` tokens, each with the one after it, a part has."""
         count = (len(self.parts[part]) - 1) // length
         if count < 1:
-            raise ValueError(f"the {part} part of {self.name} has {len(self.parts[part])} tokens, fewer than "
-                             f"a row of --context {length}; give it more text, or a smaller --context")
+            raise ValueError(f"of {self.name} the part {part} has {len(self.parts[part])} tokens, fewer than a "
+                             f"row of --context {length}; give it more text, or a smaller --context")
         return count
 
     def row(self, part: str, i: int, length: int) -> np.ndarray:
@@ -336,14 +353,18 @@ def over_ranks(*numbers: float) -> list[float]:
     return total.tolist()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file with this text, on the disk, or as it was."""
+@contextmanager
+def whole(path: Path):
+    """A file to write, which takes its name when the block ends well, and else leaves no trace."""
     new = path.with_name(path.name + ".partial")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with new.open("w") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -367,7 +388,8 @@ class Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(f"{self.folder}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
-        write_whole(self.path / "run.json", json.dumps(self.about, indent=1))
+        with whole(self.path / "run.json") as file:
+            file.write(json.dumps(self.about, indent=1))
         os.replace(self.path, self.folder)
         for old in checkpoints(self.out)[:-self.keep]:
             shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
@@ -450,10 +472,10 @@ class Trainer:
         """Source -> its loss in nats per token and in bits per byte, on up to 128 held-out rows."""
         losses = {}
         for name, source in self.sources.items():
-            whole, nats, size = source.rows("held-out", length), 0.0, 0
+            whole, nats, size = source.rows("held out", length), 0.0, 0
             count = min(whole, 128)
             for numbers in self.passes(count):
-                rows = [source.row("held-out", shuffled(int(i), whole, (name,)), length) if i < count
+                rows = [source.row("held out", shuffled(int(i), whole, (name,)), length) if i < count
                         else None for i in numbers]
                 nats += self.loss(rows, length).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
@@ -491,7 +513,10 @@ class Trainer:
             copy.load_state_dict(whole, strict=False, assign=True)      # a tied lm_head is not in it
             if self.model.config.tie_embeddings:
                 copy.lm_head.weight = copy.backbone.embeddings.weight
-            copy.save_pretrained(self.args.out)
+            with whole(self.args.out / "tokenizer.json") as file:
+                file.write(self.tokenizer.to_str())
+                file.flush()
+                copy.save_pretrained(self.args.out)
 
     def wait(self) -> None:
         """Until the last checkpoint is written. Raises what went wrong with it."""
@@ -522,7 +547,8 @@ class Trainer:
             signal.signal(number, on_signal)
         if self.rank == 0:      # keep the rows up to the checkpoint; a killed run has gone on from there
             rows = metrics.read_text().splitlines(keepends=True)[:self.step] if self.step else []
-            write_whole(metrics, "".join(rows))
+            with whole(metrics) as file:
+                file.writelines(rows)
         flops, peak = flops_per_token(self.model.config), 0
         if args.device.type == "cuda":
             name = torch.cuda.get_device_name(args.device)
@@ -682,14 +708,13 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
 
 def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
     """A corpus as a file of uint16 tokens, which training maps into memory."""
-    if tokenizer.get_vocab_size() > 2**16:
-        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {tokenizer.get_vocab_size()}")
-    new, count = path.with_name(path.name + ".partial"), 0
-    with new.open("wb") as file:
+    if sample.vocabulary(tokenizer) > 2**16:
+        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {sample.vocabulary(tokenizer)}")
+    count = 0
+    with whole(path) as file:
         for part in tokenized(paths, tokenizer, seed):
-            file.write(part.tobytes())
+            file.buffer.write(part.tobytes())
             count += len(part)
-    os.replace(new, path)
     print(f"{path}: {count:,} tokens")
 
 
@@ -702,7 +727,9 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
     except Exception as e:      # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
-    vocabulary, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    vocabulary, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
     if end is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")
     if args.tokenize_to:
@@ -722,6 +749,17 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
                          f"{model.config.vocab_size}; give the tokenizer that belongs to it")
     sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
     trainer = Trainer(args, recipe, model, tokenizer, sources)
+    if done:
+        trainer.resume(done[-1])
+    if trainer.rank == 0 and not args.eval_only:        # what cannot be written is found out now
+        (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+        for name in ("tokenizer.json", "config.json", "model.safetensors"):
+            if (args.out / name).is_dir():
+                raise ValueError(f"{args.out / name} is a folder, where the model's file of that name belongs")
+        for left in (args.out / "checkpoints").glob("*.partial"):       # by a run that was killed
+            shutil.rmtree(left)
     say = print if trainer.rank == 0 else lambda *_: None
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(source.size for source in sources.values()):,} tokens of text, "
@@ -731,13 +769,6 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
             say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                 f"{bits:.4f} bits per byte")
         return
-    if done:
-        trainer.resume(done[-1])
-    if trainer.rank == 0:
-        (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for left in (args.out / "checkpoints").glob("*.partial"):       # by a run that was killed
-            shutil.rmtree(left)
-        write_whole(args.out / "tokenizer.json", tokenizer.to_str())
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
         return
@@ -776,30 +807,31 @@ class Options:
     device: sample.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one")
 
 
-def value(kind: type, low: float):
-    """An argparse type: a number from `low`, several with commas, or a text. 2.5e12 is a whole number."""
-    def parse(text):
-        if hasattr(kind, "__args__"):                       # tuple[int], tuple[str]
-            return tuple(value(kind.__args__[0], low)(part) for part in text.split(","))
-        if kind not in (int, float) or kind is int and text.isdigit() and int(text) >= low:
-            return kind(text)
-        if not low <= float(text) < math.inf or kind is int and float(text) % 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {low}")
-        return kind(float(text))
-    return parse
+def value(kind: type, low: float = 0, high: float = 2**60):
+    """An argparse type: a number from low to high, several with commas, or whatever else `kind` is."""
+    if hasattr(kind, "__args__"):                           # tuple[int], tuple[str]
+        one = value(kind.__args__[0], low, high)
+        return lambda text: tuple(one(part) for part in text.split(","))
+    return sample.number(kind, low, high) if kind in (int, float) else kind
 
 
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES, default="tiny", help="gives the defaults (itself tiny)")
-    name = first.parse_known_args(arguments)[0].recipe
+    first.add_argument("--total-tokens", type=value(int, 1), metavar="X",
+                       help="the whole run (default the recipe's); its phases, unless given, scale with it")
+    given = first.parse_known_args(arguments)[0]
+    name = given.recipe
+    recipe = scaled(RECIPES[name], given.total_tokens or RECIPES[name].total_tokens)
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", parents=[first], allow_abbrev=False)
-    for cls, given in (Options, {}), (Recipe, vars(RECIPES[name])), (MambaConfig, SIZES[name]):
+    for cls, given in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, SIZES[name]):
         for f in fields(cls):
+            if f.name == "total_tokens":
+                continue
             shown = given.get(f.name, f.default)
             shown = ",".join(map(str, shown)) if type(shown) is tuple else shown
-            kind = {"type": value(f.type, f.metadata.get("low", 0)), "metavar": "X"}
+            kind = {"type": value(f.type, *[*f.metadata.values()][1:]), "metavar": "X"}
             kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
             kind |= {"action": "append"} if f.name == "data" else {}
             # A model's fields stay None unless given, as --init-from brings its own.
@@ -811,6 +843,7 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
     if sizes and args.init_from:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
+    args.total_tokens = recipe.total_tokens
     return args, Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}), SIZES[name] | sizes
 
 
@@ -828,7 +861,9 @@ def main() -> None:
         elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
             dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         run(args, recipe, sizes)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not sample.out_of_memory(e):
+            raise
         sys.exit(f"train.py: out of memory ({str(e).splitlines()[0]}); try a smaller --micro-batch")
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
