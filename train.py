@@ -70,7 +70,7 @@ def flag(default, help, low=0, high=2**60):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run; lengths are in tokens. The defaults are our choice: minutes on a laptop."""
+    """One training run; lengths are in tokens. The defaults are our choice: three minutes on two CPU cores."""
     total_tokens: int = flag(900_000, "the whole run", 1)
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
     ramp_tokens: int = flag(150_000, "batch size from its start to its end")
@@ -207,7 +207,7 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np
                     yield np.array(pieces[0].ids, kind)
                 yield np.array([tokenizer.token_to_id(END)], kind)
         except UnicodeDecodeError:
-            print(f"leaving out {path} from where it is not UTF-8 text", file=sys.stderr)
+            print(f"skipping {path} from where it is not UTF-8 text", file=sys.stderr)
 
 
 class Source:
@@ -354,11 +354,11 @@ def over_ranks(*numbers: float) -> list[float]:
 
 
 @contextmanager
-def whole(path: Path):
+def new_file(path: Path):
     """A file to write, which takes its name when the block ends well, and else leaves no trace."""
     new = path.with_name(path.name + ".partial")
     try:
-        with new.open("w") as file:
+        with new.open("w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -388,7 +388,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(f"{self.folder}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
-        with whole(self.path / "run.json") as file:
+        with new_file(self.path / "run.json") as file:
             file.write(json.dumps(self.about, indent=1))
         os.replace(self.path, self.folder)
         for old in checkpoints(self.out)[:-self.keep]:
@@ -513,7 +513,7 @@ class Trainer:
             copy.load_state_dict(whole, strict=False, assign=True)      # a tied lm_head is not in it
             if self.model.config.tie_embeddings:
                 copy.lm_head.weight = copy.backbone.embeddings.weight
-            with whole(self.args.out / "tokenizer.json") as file:
+            with new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str())
                 file.flush()
                 copy.save_pretrained(self.args.out)
@@ -547,7 +547,7 @@ class Trainer:
             signal.signal(number, on_signal)
         if self.rank == 0:      # keep the rows up to the checkpoint; a killed run has gone on from there
             rows = metrics.read_text().splitlines(keepends=True)[:self.step] if self.step else []
-            with whole(metrics) as file:
+            with new_file(metrics) as file:
                 file.writelines(rows)
         flops, peak = flops_per_token(self.model.config), 0
         if args.device.type == "cuda":
@@ -711,7 +711,7 @@ def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) 
     if sample.vocabulary(tokenizer) > 2**16:
         raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {sample.vocabulary(tokenizer)}")
     count = 0
-    with whole(path) as file:
+    with new_file(path) as file:
         for part in tokenized(paths, tokenizer, seed):
             file.buffer.write(part.tobytes())
             count += len(part)

@@ -112,6 +112,17 @@ def test_continuing_starts_from_the_pre_decay_checkpoint_and_decays_to_a_256th()
     assert batch_size(recipe, 0) == 2048 and context_length(recipe, 0) == 8192
 
 
+def test_a_shorter_run_keeps_the_shape_of_the_schedule_and_phases_that_do_not_fit_are_refused(trained):
+    short = train.scaled(SEVEN, 5500 * GT // 1000)
+    for t in (0, 3, 25, 1000, 5200, 5500):
+        assert learning_rate(short, t * GT // 1000) == pytest.approx(learning_rate(SEVEN, t * GT))
+        assert context_length(short, t * GT // 1000) == context_length(SEVEN, t * GT)
+    _, recipe, _ = train.flags(["--total-tokens", "9000", "--ramp-tokens", "500"])
+    assert (recipe.total_tokens, recipe.warmup_tokens, recipe.ramp_tokens, recipe.decay_tokens) == (9000, 300, 500, 3000)
+    status, _, err = trained("--total-tokens", 1000, "--decay-tokens", 980)
+    assert status == 1 and "--total-tokens 1000" in err and "980" in err
+
+
 def test_every_field_of_recipe_and_model_is_a_flag_and_unknown_flags_fail(trained):
     status, out, _ = trained("--help")
     assert status == 0
@@ -178,8 +189,8 @@ def test_documents_do_not_see_each_other():
 
 
 def test_held_out_documents_are_not_trained_on(data):
-    source = Source("text", [data], byte_tokenizer(), replace(Recipe(), total_tokens=10**6))
-    training, held_out = source.parts["training"], source.parts["held-out"]
+    source = Source("text", [data], byte_tokenizer(), train.scaled(Recipe(), 10**6))
+    training, held_out = source.parts["training"], source.parts["held out"]
     assert training[-1] == 256 and 0 < len(held_out) <= source.size // 20
     assert len(training) + len(held_out) == source.size
 
@@ -441,7 +452,7 @@ def test_resuming_unpickles_nothing(uninterrupted, data, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", "nowhere"], "there is no nowhere"), (["--data", "a=README", "--data", "a=README"], "there is no README"),
     (["--recipe", "falcon-mamba-7b", "--data", "web={data}", "--data", "code={data}"], "--data names code, web"),
-    (["--data", "{data}", "--context", "1000000"], "--context 1000000"), (["--init-from", "nowhere"], "nowhere is not a folder"),
+    (["--data", "{data}", "--context", "1000000"], "--context 1000000"), (["--init-from", "nowhere"], "'nowhere' is not a folder"),
     (["--data", "{data}", "--out", "{data}/00.txt/out"], "Not a directory"), (["--stages", "5", "--context", "8"], "begin with 0"),
     (["--context", "8,16"], "2 values"), (["--mixture", "web"], "name:share"),
     (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "is not a tokenizer"), (["--n-layer", "5000"], "num_hidden_layers"),
@@ -453,6 +464,15 @@ def test_bad_input_is_one_sentence(trained, data, tmp_path, monkeypatch, flags, 
 
 
 # What a run leaves
+
+def test_a_short_run_learns(trained, tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 2000)
+    assert trained("--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--total-tokens", 6000, "--context", 32,
+                   "--d-model", 16, "--n-layer", 1, "--device", "cpu", "--lr", 0.02)[0] == 0
+    losses = [row[2] for row in curve(tmp_path / "out")]
+    assert losses[0] > 5 and losses[-1] < 2
+    assert Mamba.from_pretrained(tmp_path / "out")(torch.tensor([[97, 98]]))[0].shape == (1, 2, 257)
+
 
 def test_out_holds_the_model_the_metrics_and_a_picture(uninterrupted):
     names = {p.name for p in uninterrupted.iterdir()}
@@ -475,9 +495,9 @@ def test_eval_only_trains_nothing_and_agrees_with_transformers(trained, uninterr
     assert bits == pytest.approx(nats / math.log(2), rel=0.03)         # a byte a token, but for the ends of documents
     assert (uninterrupted / "model.safetensors").read_bytes() == before
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    source = Source("text", [data], byte_tokenizer(), replace(Recipe(), total_tokens=20000))
+    source = Source("text", [data], byte_tokenizer(), train.scaled(Recipe(), 20000))
     model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted).eval()
-    ours, row = Mamba.from_pretrained(uninterrupted), torch.tensor(source.parts["held-out"][:200].astype(np.int64))[None]
+    ours, row = Mamba.from_pretrained(uninterrupted), torch.tensor(source.parts["held out"][:200].astype(np.int64))[None]
     with torch.no_grad():
         theirs = model(row, labels=row).loss.item()
         logits = ours(row[:, :-1])[0]
