@@ -187,7 +187,8 @@ class Mixer(nn.Module):
         dt, BC = self.x_proj(x).split(self.split, dim=-1)                   # (b, l, r), (b, l, 2n)
         B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)     # (b, l, n) each, a norm each
         dt = rms_norm(dt, self.eps).to(x.dtype)
-        return F.linear(dt, self.dt_proj.weight), B, C                      # (b, l, d), (b, l, n), (b, l, n)
+        # .to: training keeps this weight in fp32 beside bf16 activations.
+        return F.linear(dt, self.dt_proj.weight.to(x.dtype)), B, C          # (b, l, d), (b, l, n), (b, l, n)
 
 
 class Block(nn.Module):

@@ -1,68 +1,106 @@
-"""Train a Falcon-Mamba, with Falcon-Mamba's own recipe scaled to minutes. After mamba.py and sample.py; the last file.
+"""Train a Falcon-Mamba with Falcon-Mamba's own recipe, on a laptop or on 256 GPUs. The last file.
 
-    python train.py                                         a byte-level model of Python's standard library, into out/
-    python sample.py --model out --prompt "def "            and what it learned
-    python train.py --data notes/ --out mine                the same on your own text files
+    python train.py                                 a byte-level model of Python's standard library, into out/
+    python sample.py --model out --prompt "def "    and what it learned
+    python train.py --resume                        after Ctrl-C or a power cut: on from the last checkpoint
+    python train.py --data code=src/:0.7 --data prose=books/:0.3 --out mine --total-tokens 20_000_000
+    python train.py --data web/ --tokenizer tokenizer.json --tokenize-to web.bin     a corpus beyond memory
+    python train.py --recipe falcon-mamba-7b --plan --world-size 256                 the run on paper
+    torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --checkpoint-activations
+    python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on your texts
 
-The recipe (report, arXiv 2410.05355, section 3; every number of ours that it does not give says so below):
-  - the learning rate warms up, stays, and in the last part of the run decays exponentially to 1/256 of its peak;
-  - the batch grows linearly at first, and while it does the learning rate follows its square root ("BatchScaling"):
-    Adam's steps are then equally noisy throughout, as their noise goes with lr / sqrt(batch);
-  - documents are packed one after the other into rows without padding, and none sees another.
-Batch size and learning rate are pure functions of the tokens seen so far, so they can be printed, plotted and tested.
+The recipe (report, arXiv 2410.05355, section 3; what it does not give is marked as our choice):
+  - the learning rate warms up, stays, and in the last part of the run decays exponentially to 1/256 of it;
+  - the batch grows linearly at first, and the learning rate follows its square root ("BatchScaling"): Adam's
+    steps are then equally noisy throughout, as their noise goes with lr / sqrt(batch);
+  - context and sources change in stages; documents are packed end to end, and none sees another.
+All of it is a pure function of the tokens seen, and so is each batch: which rows a step reads depends on the
+seed and the tokens before it, never on the number of GPUs, the micro-batch or a restart. A run can stop
+anywhere, go on elsewhere, and draw the same loss curve. The engine is PyTorch's own: torchrun starts the
+processes, fully_shard (ZeRO) divides weights, gradients and Adam's averages among them, and
+torch.distributed.checkpoint saves them.
+
+Sizes in the shape comments: b batch, l length, m d_model.
 """
 import argparse
+import hashlib
+import json
 import math
 import os
+import re
+import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
 import time
+import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from mamba import CheckpointError, Mamba, MambaConfig, find
-from sample import device, generate, number, out_of_memory, vocabulary
+import sample
+from mamba import Block, CheckpointError, Mamba, MambaConfig, find
 
 END = "<|endoftext|>"      # closes every document
+GT = 10**9                 # tokens; the report's unit
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, low=0, high=2**60):
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """One training run. Lengths are in tokens. Beside each default: the 7B's value, or that it was never published."""
-    total_tokens: int = flag(1_000_000, "the whole run")                                        # 5,500e9
-    warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")                       # unpublished
-    ramp_tokens: int = flag(200_000, "batch size from its start to its end")                    # 50e9
-    decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")       # 500e9
-    context: int = flag(256, "tokens in a sequence")                                            # 2048, 4096, then 8192
-    batch_start: int = flag(4, "sequences in the first step")                                   # 128
-    batch_end: int = flag(16, "sequences in a step after the ramp")                             # 2048
-    lr: float = flag(4e-3, "the learning rate's peak")                                          # 6.4e-4
-    decay_factor: float = flag(256, "by which the learning rate decays in all")                 # 256
-    weight_decay: float = flag(0.1, "AdamW's, of matrices only")                                # 0.1
-    beta1: float = flag(0.9, "AdamW's")                                                         # 0.9
-    beta2: float = flag(0.95, "AdamW's")                                                        # 0.95
-    clip: float = flag(1.0, "largest norm of the gradient")                                     # unpublished
+    """One training run; lengths are in tokens. The defaults are our choice: three minutes on two CPU cores."""
+    total_tokens: int = flag(900_000, "the whole run", 1)
+    warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
+    ramp_tokens: int = flag(150_000, "batch size from its start to its end")
+    decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")
+    batch_start: int = flag(4, "sequences in the first step", 1, 2**20)
+    batch_end: int = flag(16, "sequences in a step after the ramp", 1, 2**20)
+    stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2500000,4000000")
+    context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
+    mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one text a stage")
+    lr: float = flag(4e-3, "the learning rate's peak")
+    decay_factor: float = flag(256, "by which the learning rate decays in all", 1)
+    weight_decay: float = flag(0.1, "AdamW's, of matrices only")
+    beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
+    beta2: float = flag(0.95, "AdamW's", 0, 0.9999999)
+    clip: float = flag(1.0, "largest norm of the gradient")
     seed: int = flag(0, "of the weights and of the order of the data")
+    init_from: str = flag("", "folder or hub id of a model to start from (else fresh weights)")
 
-
-LIMITS = {"total_tokens": (1, 2**60), "context": (1, 2**20), "batch_start": (1, 2**20), "batch_end": (1, 2**20),
-          "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "decay_factor": (1, 2**60)}     # of the flags; else from 0
-
-# Ours: a model that learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width, not this.
-TINY = {"d_model": 128, "n_layer": 4, "d_state": 16, "d_conv": 4, "initializer_range": 0.02}
+    def __post_init__(self):
+        if self.stages[0] != 0 or list(self.stages) != sorted({*self.stages}):
+            raise ValueError(f"--stages is {self.stages}, but must begin with 0 and rise")
+        for name, values in {"context": self.context, "mixture": self.mixture}.items():
+            if len(values) not in (1, len(self.stages)):
+                raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
+        for start in self.stages:
+            mixture(self, start)
+        if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
+            raise ValueError(f"--total-tokens {self.total_tokens} is too few for --warmup-tokens "
+                             f"{self.warmup_tokens} or --ramp-tokens {self.ramp_tokens}, and then --decay-tokens "
+                             f"{self.decay_tokens}")
 
 
 def batch_size(recipe: Recipe, tokens: int) -> int:
@@ -74,9 +112,64 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
 def learning_rate(recipe: Recipe, tokens: int) -> float:
     """Warmup, stable, decay, and BatchScaling: lr / sqrt(batch) is constant while the batch ramps."""
     warm = min(tokens / recipe.warmup_tokens, 1) if recipe.warmup_tokens else 1
-    decayed = min(max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0) / max(recipe.decay_tokens, 1), 1)
+    since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
-    return recipe.lr * warm * scaling * recipe.decay_factor ** -decayed
+    return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
+
+
+def scaled(recipe: Recipe, total: int) -> Recipe:
+    """The same recipe over another number of tokens: each phase keeps its share."""
+    lengths = {name: getattr(recipe, name) * total // recipe.total_tokens
+               for name in ("warmup_tokens", "ramp_tokens", "decay_tokens")}
+    stages = tuple(start * total // recipe.total_tokens for start in recipe.stages)
+    return replace(recipe, total_tokens=total, stages=stages, **lengths)
+
+
+def stage(recipe: Recipe, tokens: int) -> int:
+    return bisect_right(recipe.stages, tokens) - 1
+
+
+def context_length(recipe: Recipe, tokens: int) -> int:
+    """Tokens in each sequence of that step."""
+    return recipe.context[min(stage(recipe, tokens), len(recipe.context) - 1)]
+
+
+def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
+    """Source -> its share of that step's tokens; the shares add up to 1."""
+    text = recipe.mixture[min(stage(recipe, tokens), len(recipe.mixture) - 1)]
+    try:
+        shares = {name: float(share) for name, share in (part.split(":") for part in text.split())}
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--mixture has {text!r}, but needs name:share, with shares above 0") from None
+
+
+RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": Recipe(
+    total_tokens=5500 * GT,             # model card: "~ 5,500 GT"
+    warmup_tokens=GT // 2,              # our choice; the report only says that it is short
+    ramp_tokens=50 * GT,                # report: the batch grows over the first 50 GT ...
+    batch_start=128, batch_end=2048,    # ... from 128 to 2048 sequences
+    lr=6.4e-4,                          # report and card
+    decay_tokens=500 * GT,              # report: exponential decay over 500 GT ...
+    decay_factor=256,                   # ... to lr / 256 = 2.5e-6
+    weight_decay=0.1,                   # card
+    beta1=0.9, beta2=0.95,              # report, as read in a summary of it
+    clip=1.0,                           # our choice, never published
+    context=(2048, 4096, 8192, 8192),   # report: 2048 -> 4096 -> 8192. When each begins is our choice:
+    stages=(0, 2500 * GT, 4000 * GT, 5000 * GT),
+    # Report: mostly RefinedWeb, with more technical text, code and math in later stages, and FineWeb-Edu in
+    # the decay. The shares are our choice, never published.
+    mixture=("refinedweb:90 technical:4 code:4 math:2", "refinedweb:82 technical:7 code:7 math:4",
+             "refinedweb:74 technical:10 code:10 math:6",
+             "refinedweb:45 finewebedu:25 technical:10 code:12 math:8"))}
+# The pre-decay checkpoint is the model before that decay. Its optimizer was not published: warm up again.
+RECIPES["continue"] = replace(
+    RECIPES["falcon-mamba-7b"], init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT,
+    warmup_tokens=2 * GT, ramp_tokens=0, stages=(0,), context=(8192,),              # 2 GT: our choice
+    mixture=RECIPES["falcon-mamba-7b"].mixture[-1:])
+# Our choice: it learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width.
+SIZES = {"tiny": {"d_model": 128, "n_layer": 4, "initializer_range": 0.02},
+         "falcon-mamba-7b": {"vocab_size": 65024}, "continue": {"vocab_size": 65024}}
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -95,115 +188,540 @@ def byte_tokenizer() -> Tokenizer:
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has at hand."""
     root = Path(sysconfig.get_path("stdlib"))
-    return [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*p.relative_to(root).parts}]
+    others = {"site-packages", "test", "tests"}
+    return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
 
 
-def read_documents(paths: list[Path], seed: int) -> tuple[list[str], list[str]]:
-    """The texts of these files and folders, shuffled -> (for training, held out): every 20th, or the end of a few."""
+def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
+    """All files' tokens, a mebibyte of lines at a time, END after each file, in an order the seed fixes."""
     files = []
     for path in paths:          # in a folder lie pipes and dangling links too
         files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    texts = []
-    for file in files:
+    kind = np.uint16 if sample.vocabulary(tokenizer) <= 2**16 else np.uint32
+    for i in range(len(files)):
+        path = files[shuffled(i, len(files), (seed, "files"))]
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            with path.open(encoding="utf-8") as file:
+                while lines := file.readlines(2**20):
+                    pieces = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)
+                    yield np.array(pieces[0].ids, kind)
+                yield np.array([tokenizer.token_to_id(END)], kind)
         except UnicodeDecodeError:
-            print(f"skipping {file}: it is not UTF-8 text", file=sys.stderr)
-    texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)) if texts[i]]
-    if len(texts) >= 20:
-        return [text for i, text in enumerate(texts) if i % 20], texts[::20]
-    return [text[:len(text) * 19 // 20] for text in texts], [text[len(text) * 19 // 20:] for text in texts]
+            print(f"skipping {path} from where it is not UTF-8 text", file=sys.stderr)
 
 
-class Rows:
-    """Documents packed end to end and cut into rows of `context` tokens, in a random order that the seed fixes."""
+class Source:
+    """One corpus: a row of tokens, in memory or mapped from a .bin, the end of which is held out."""
 
-    def __init__(self, what: str, texts: list[str], tokenizer: Tokenizer, recipe: Recipe, wanted: int):
-        """Tokenizes as many documents as `wanted` tokens take."""
-        tokens, starts, end = [], [], tokenizer.token_to_id(END)
-        for i in range(0, len(texts), 32):
-            for encoded in tokenizer.encode_batch_fast(texts[i:i + 32], add_special_tokens=False):
-                tokens += [*encoded.ids, end]
-                starts += [True] + [False] * len(encoded.ids)
-            if len(tokens) > wanted:
-                break
-        self.context, count = recipe.context, (len(tokens) - 1) // recipe.context
+    def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
+        self.name, self.bin = name, paths[0] if paths[0].suffix == ".bin" else None
+        if self.bin:
+            tokens = np.memmap(self.bin, np.uint16, "r")
+        else:
+            # More than the run reads, so that the held-out end has many documents.
+            parts, wanted = [np.zeros(0, np.uint16)], recipe.total_tokens * 4
+            for part in tokenized(paths, tokenizer, recipe.seed):
+                parts.append(part)
+                wanted -= len(part)
+                if wanted < 0:
+                    break
+            tokens = np.concatenate(parts)
+        self.size = len(tokens)
+        cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
+        ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
+        cut += int(ends[0]) + 1 if len(ends) else 0         # from the first document that begins there
+        self.parts = {"training": tokens[:cut], "held out": tokens[cut:]}
+        for part in self.parts:
+            self.rows(part, max(recipe.context))
+
+    def rows(self, part: str, length: int) -> int:
+        """How many rows of `length` tokens, each with the one after it, a part has."""
+        count = (len(self.parts[part]) - 1) // length
         if count < 1:
-            raise ValueError(f"the text {what} has {len(tokens)} tokens, "
-                             f"fewer than one row of --context {recipe.context}")
-        self.tokens, self.starts = torch.tensor(tokens), torch.tensor(starts)
-        self.order = np.random.default_rng(recipe.seed).permutation(count)
+            raise ValueError(f"of {self.name} the part {part} has {len(self.parts[part])} tokens, fewer than a "
+                             f"row of --context {length}; give it more text, or a smaller --context")
+        return count
 
-    def __getitem__(self, rows: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, the tokens that follow them, and where documents start: three times (b, l). Wraps around."""
-        at = torch.tensor([self.order[i % len(self.order)] for i in rows])[:, None] * self.context
-        at = at + torch.arange(self.context)
-        return self.tokens[at], self.tokens[at + 1], self.starts[at]
+    def row(self, part: str, i: int, length: int) -> np.ndarray:
+        if self.bin and self.bin.stat().st_size // 2 != self.size:
+            raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
+        return self.parts[part][i * length:(i + 1) * length + 1]
+
+
+def shuffled(k: int, n: int, key: tuple) -> int:
+    """Where a shuffle of range(n), another for each key, puts k. It keeps no table, so n may be billions.
+
+    A Feistel network permutes 2^(2 half) numbers, whatever its rounds compute. What lands at n or beyond goes
+    round again: Black & Rogaway, Ciphers with Arbitrary Finite Domains (2002), section 3.
+    """
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    while True:
+        left, right = k >> half, k % 2**half
+        for turn in range(4):
+            digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(digest, "big") % 2**half
+        k = left * 2**half + right
+        if k < n:
+            return k
+
+
+def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
+    """Row i of the step that starts after `tokens`: its source, and how many of its rows came before.
+
+    Each thousand rows hold the sources in exactly their shares, in shuffled order.
+    """
+    now, length = stage(recipe, tokens), context_length(recipe, tokens)
+    block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
+    slot, end = shuffled(slot, 1000, (recipe.seed, now, block)), 0.0
+    for name, share in mixture(recipe, tokens).items():
+        start, end = round(1000 * end), end + share
+        if slot < round(1000 * end):
+            break
+    earlier = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
+    return name, int(earlier // length) + block * (round(1000 * end) - start) + slot - start
+
+
+def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
+    """Row i of that step, (l + 1,). A source is read in shuffled order, then again in another."""
+    (name, before), length = place(recipe, tokens, i), context_length(recipe, tokens)
+    count = sources[name].rows("training", length)
+    k = shuffled(before % count, count, (recipe.seed, name, before // count))
+    return sources[name].row("training", k, length)
+
+
+def rerun(function, *args):
+    """function(*args), of which only args are kept: the backward pass runs it again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class Objective(nn.Module):
+    """Model and loss in one module, as FSDP gathers a module's weights when it is called."""
+
+    def __init__(self, model: Mamba):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """-log p(target) in nats, summed over (b, l); a target of -100 counts for nothing.
+
+        Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the
+        largest tensor of the run, 2 GB for one row of the 7B.
+        """
+        hidden, _ = self.model.backbone(tokens, self.model.blank_state(len(tokens)), starts)    # (b, l, m)
+        pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
+        return sum(rerun(self.piece, *piece) for piece in pieces)
+
+    def piece(self, hidden, targets):
+        return F.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="sum")
+
+
+def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> None:
+    """Leave each rank its part of every tensor, in fp32. A block is gathered when it runs and let go after.
+
+    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
+    and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
+    of steps, D, the convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
+    """
+    mesh = init_device_mesh(device, (world,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in objective.model.backbone.layers:
+        products = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]
+        fully_shard(products, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)     # the embeddings, norm_f and lm_head
 
 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays the matrices of linear and embedding layers, and nothing else.
 
-    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A rule by
-    the number of dimensions would decay A_log and the convolution too.
+    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A
+    rule by the number of dimensions would decay A_log and the convolution too.
     """
     matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
     matrices = list(dict.fromkeys(matrices))        # a tied lm_head is the embedding
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay},
+              {"params": others, "weight_decay": 0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
-def loss_of(model: Mamba, rows: tuple[Tensor, Tensor, Tensor], device: torch.device) -> Tensor:
-    """Mean cross-entropy in nats per token; bf16 in the matrix products on a GPU, fp32 weights everywhere."""
-    tokens, targets, starts = (v.to(device) for v in rows)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits, _ = model(tokens, reset=starts)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def over_ranks(*numbers: float) -> list[float]:
+    """Their sums over all ranks."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
 
 
-@torch.no_grad()
-def held_out_loss(model: Mamba, rows: Rows, device: torch.device) -> float:
-    """The loss on up to 128 held-out rows."""
-    count = min(len(rows.order), 128)
-    parts = [range(i, min(i + 16, count)) for i in range(0, count, 16)]
-    return sum(loss_of(model, rows[part], device).item() * len(part) for part in parts) / count
-
-
-def train(model: Mamba, recipe: Recipe, data: Rows, device: torch.device) -> Iterator[dict]:
-    """Run the recipe; yields the figures of each step."""
-    adam, tokens, step = optimizer(model, recipe), 0, 0
-    while tokens < recipe.total_tokens:
-        start, size = time.perf_counter(), batch_size(recipe, tokens)
-        first = tokens // recipe.context
-        loss = loss_of(model, data[range(first, first + size)], device)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item()
-        if not math.isfinite(norm):
-            raise ValueError(f"the loss is {loss.item()} and its gradient {norm} at step {step + 1}; try a lower --lr")
-        tokens, step = tokens + size * recipe.context, step + 1
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(recipe, tokens)
-        adam.step()
-        adam.zero_grad()
-        yield {"step": step, "tokens": tokens, "loss": loss.item(), "lr": group["lr"], "grad_norm": norm,
-               "batch_size": size, "tokens_per_s": size * recipe.context / (time.perf_counter() - start)}
-
-
-def save(model: Mamba, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write both, or neither."""
-    new = folder / ".tokenizer.json"
+@contextmanager
+def new_file(path: Path):
+    """A file to write, which takes its name when the block ends well, and else leaves no trace."""
+    new = path.with_name(path.name + ".partial")
     try:
-        new.write_text(tokenizer.to_str(), encoding="utf-8")
-        model.save_pretrained(folder)
-        os.replace(new, folder / "tokenizer.json")
+        with new.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
 
 
-def run(args: argparse.Namespace, recipe: Recipe) -> None:
-    torch.manual_seed(recipe.seed)
-    folder = find(args.init_from) if args.init_from else None
+def checkpoints(out: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+# PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. Its writer of
+# safetensors needs none: each rank's file says in JSON which part of each tensor it holds. Any number of
+# ranks can read what any other number wrote.
+
+class Writer(dcp.HuggingFaceStorageWriter):
+    """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name.
+
+    Ranks on several machines need an `out` on a disk that they share.
+    """
+
+    def __init__(self, out: Path, about: dict, keep: int):
+        self.out, self.about, self.keep = out, about, keep
+        self.folder = out / "checkpoints" / f"step-{about['step']:09}"
+        super().__init__(f"{self.folder}.partial", save_distributed=True)
+
+    def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
+        with new_file(self.path / "run.json") as file:
+            file.write(json.dumps(self.about, indent=1))
+        os.replace(self.path, self.folder)
+        for old in checkpoints(self.out)[:-self.keep]:
+            shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
+
+
+class Trainer:
+    """A model, its optimizer and its data, on one of the ranks."""
+
+    def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
+                 sources: dict[str, Source]):
+        self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
+        self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for block in model.backbone.layers:
+            if args.checkpoint_activations:
+                block.forward = partial(rerun, block.forward)
+            if args.compile:
+                block.compile()
+        self.objective = Objective(model)
+        if dist.is_initialized():               # bf16 on a GPU; few CPUs multiply it faster
+            dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+            shard(self.objective, args.device.type, self.world, dtype)
+            self.group = dist.new_group(backend="gloo")     # for the thread that writes checkpoints
+        model.to(args.device)
+        self.adam = optimizer(model, recipe)
+        # What a checkpoint and the run that goes on from it must agree on.
+        self.settings = json.loads(json.dumps(asdict(recipe) | asdict(model.config) | {
+            "vocabulary": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
+            "data": {name: source.size for name, source in sources.items()}}))
+
+    def passes(self, count: int) -> list[np.ndarray]:
+        """Which of `count` rows this rank reads, pass by pass: on every rank as many passes of as many rows.
+
+        Numbers from `count` on are padding; with it any batch fits any number of ranks.
+        """
+        mine = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
+        return np.array_split(mine, math.ceil(len(mine) / self.args.micro_batch))
+
+    def loss(self, rows: list[np.ndarray | None], length: int) -> Tensor:
+        """The loss in nats, summed over these rows; None is padding and counts for nothing."""
+        rows = [np.full(length + 1, -100) if row is None else row.astype(np.int64) for row in rows]
+        rows = torch.from_numpy(np.stack(rows))                                         # (b, l + 1)
+        if rows.max() >= self.model.config.vocab_size:
+            raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
+                             f"{self.model.config.vocab_size}: another tokenizer made it")
+        tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]                        # (b, l), (b, l)
+        starts = F.pad(tokens[:, :-1] == self.tokenizer.token_to_id(END), (1, 0), value=True)
+        return self.objective(*(v.to(self.args.device) for v in (tokens, targets, starts)))
+
+    def update(self) -> dict:
+        """One step. Returns its figures, which are over all ranks."""
+        begin, recipe, nats = time.perf_counter(), self.recipe, 0.0
+        size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
+        passes = self.passes(size)
+        for numbers in passes:
+            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None
+                    for i in numbers]
+            if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
+                self.objective.set_requires_gradient_sync(numbers is passes[-1])
+            loss = self.loss(rows, length)
+            (loss * self.world / (size * length)).backward()        # FSDP takes the mean over ranks
+            nats += loss.item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        loss = over_ranks(nats)[0] / (size * length)
+        self.step, self.tokens = self.step + 1, self.tokens + size * length
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
+                             "start again with a lower --lr, or with --init-from the model saved last")
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(recipe, self.tokens)    # of the step's end, as 0 tokens give 0
+        self.adam.step()
+        self.adam.zero_grad()
+        return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
+                "context": length, "grad_norm": norm,
+                "tokens_per_s": size * length / (time.perf_counter() - begin)}
+
+    @torch.no_grad()
+    def held_out(self, length: int) -> dict[str, tuple[float, float]]:
+        """Source -> its loss in nats per token and in bits per byte, on up to 128 held-out rows."""
+        losses = {}
+        for name, source in self.sources.items():
+            whole, nats, size = source.rows("held out", length), 0.0, 0
+            count = min(whole, 128)
+            for numbers in self.passes(count):
+                rows = [source.row("held out", shuffled(int(i), whole, (name,)), length) if i < count
+                        else None for i in numbers]
+                nats += self.loss(rows, length).item()
+                texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
+                size += sum(len(text.encode()) for text in texts)
+            nats, size = over_ranks(nats, size)
+            losses[name] = nats / (count * length), nats / math.log(2) / max(size, 1)
+        return losses
+
+    def state(self) -> dict[str, Tensor]:
+        """All that steps change, by name: the weights and Adam's two averages."""
+        state = {}
+        for name, p in self.model.named_parameters():
+            averages = self.adam.state[p]
+            if not averages:                    # before the first step
+                averages |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state |= {f"weight.{name}": p.detach(), f"exp_avg.{name}": averages["exp_avg"],
+                      f"exp_avg_sq.{name}": averages["exp_avg_sq"]}
+        return state
+
+    def save(self) -> None:
+        """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
+        self.wait()
+        about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
+        writer = Writer(self.args.out, about, self.args.keep)
+        if not writer.folder.exists():
+            self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+        whole = {}
+        for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
+            p = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+            if self.rank == 0:
+                whole[name] = p.cpu().clone()
+        if self.rank == 0:
+            with torch.device("meta"):
+                copy = Mamba(self.model.config)
+            copy.load_state_dict(whole, strict=False, assign=True)      # a tied lm_head is not in it
+            if self.model.config.tie_embeddings:
+                copy.lm_head.weight = copy.backbone.embeddings.weight
+            with new_file(self.args.out / "tokenizer.json") as file:
+                file.write(self.tokenizer.to_str())
+                file.flush()
+                copy.save_pretrained(self.args.out)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written. Raises what went wrong with it."""
+        if self.saving:
+            self.saving.result()
+            self.saving = None
+
+    def resume(self, folder: Path) -> None:
+        """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
+        about = json.loads((folder / "run.json").read_text())
+        for name, now in self.settings.items():
+            if about["settings"].get(name) != now:
+                raise ValueError(f"{folder} has {name} {about['settings'].get(name)}, this command {now}; "
+                                 "repeat the command that began the run, or begin another with --out")
+        dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=self.group)
+        self.step, self.tokens = about["step"], about["tokens"]
+        for averages in self.adam.state.values():
+            averages["step"] = torch.tensor(float(self.step))
+
+    def run(self) -> bool:
+        """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
+        args, metrics, stopping = self.args, self.args.out / "metrics.jsonl", []
+
+        def on_signal(number, frame):
+            stopping.append(number)
+            signal.signal(number, signal.SIG_DFL)           # a second one does not wait
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        if self.rank == 0:      # keep the rows up to the checkpoint; a killed run has gone on from there
+            rows = metrics.read_text().splitlines(keepends=True)[:self.step] if self.step else []
+            with new_file(metrics) as file:
+                file.writelines(rows)
+        flops, peak = flops_per_token(self.model.config), 0
+        if args.device.type == "cuda":
+            name = torch.cuda.get_device_name(args.device)
+            peak = self.world * next((PEAKS[gpu] for gpu in PEAKS if gpu in name), 0)
+        stop = False
+        with tqdm(total=self.recipe.total_tokens, initial=self.tokens, unit="tok", unit_scale=True,
+                  disable=self.rank > 0 or not sys.stderr.isatty()) as bar:
+            while self.tokens < self.recipe.total_tokens and not stop:
+                row = self.update()
+                stop, end = over_ranks(len(stopping))[0] > 0, self.tokens >= self.recipe.total_tokens
+                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
+                        "batch {batch_size} | {tokens_per_s:.0f} tok/s").format(**row)
+                if peak:
+                    line += f" | {row['tokens_per_s'] * flops / peak:.0%} MFU"
+                if self.step % args.eval_every == 0 or end:
+                    losses = self.held_out(row["context"])
+                    row["held_out"] = {name: nats for name, (nats, _) in losses.items()}
+                    line += "".join(f" | held-out {name} {nats:.4f}" for name, (nats, _) in losses.items())
+                if self.rank == 0:
+                    tqdm.write(line)
+                    bar.update(row["batch_size"] * row["context"])
+                    with metrics.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                if self.step % args.checkpoint_every == 0 or end or stop:
+                    self.save()
+        self.wait()
+        return self.tokens >= self.recipe.total_tokens
+
+
+def picture(path: Path, x: list, panels: dict[str, list]) -> None:
+    """Each panel over x, in tokens. Nothing without matplotlib, which is optional."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axis, (title, y) in zip(figure.subplots(1, len(panels)), panels.items()):
+        axis.plot(x, y)
+        axis.set(title=title, xlabel="tokens")
+    figure.savefig(path)
+
+
+# The plan: the same functions, on paper.
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NVIDIA's dense bf16 FLOP/s
+
+
+def flops_per_token(config: MambaConfig) -> float:
+    """Of training: 2 forward and 4 backward a weight of each product; the scan's 8 and 16 a state."""
+    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
+
+
+def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
+    """Bytes a token that autograd keeps for a block's backward pass, told by the block itself.
+
+    It runs on the meta device, where tensors have no memory, with scan.py's chunked scan.
+    """
+    kept, length = {}, 256
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block = Block(config).to(dtype)
+        block(torch.empty(1, length, config.d_model, requires_grad=True),
+              torch.empty(1, config.d_conv - 1, config.d_inner, dtype=dtype),
+              torch.empty(1, config.d_inner, config.d_state), torch.empty(1, length, dtype=torch.bool))
+    for p in block.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / length
+
+
+def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes on one of `world` GPUs, by part; and bytes a token of the rows it runs at a time."""
+    with torch.device("meta"):
+        model = Mamba(config)
+    whole = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.backbone.layers[0].parameters())
+    root, kept = whole - config.n_layer * block, kept_by_a_block(config, dtype)
+    # FSDP deals out rows of each tensor; rank 0 has the most.
+    mine = sum(math.ceil(len(p) / world) * p.numel() // len(p) for p in model.parameters())
+    fixed = {"weights": 4 * mine, "gradients": 4 * mine, "Adam's two averages": 8 * mine,
+             "logits of 1024 tokens, with gradients": 12 * 1024 * config.vocab_size}
+    if world > 1:
+        fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
+                  "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4)}
+    rows = {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
+    return fixed, rows
+
+
+def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
+    """Print the whole run and draw its schedule."""
+    decay, world, tokens, steps = recipe.total_tokens - recipe.decay_tokens, args.world_size, 0, 0
+    marks = {0, recipe.warmup_tokens, recipe.ramp_tokens, *recipe.stages, decay, recipe.total_tokens}
+    print(f"{'phase':8}{'tokens':>9}{'to':>9}{'steps':>9}{'context':>9}{'batch':>14}{'learning rate':>22}"
+          f"{'lr / sqrt(batch)':>22}  mixture")
+    for a, b in pairwise(sorted(mark for mark in marks if 0 <= mark <= recipe.total_tokens)):
+        phases = {"warmup": a < recipe.warmup_tokens, "ramp": a < recipe.ramp_tokens, "decay": a >= decay}
+        before = steps
+        while tokens < b:
+            tokens, steps = tokens + batch_size(recipe, tokens) * context_length(recipe, tokens), steps + 1
+        size, rate = [batch_size(recipe, t) for t in (a, b)], [learning_rate(recipe, t) for t in (a, b)]
+        print(f"{next((phase for phase, on in phases.items() if on), 'stable'):8}{a:9.4g}{b:9.4g}"
+              f"{steps - before:9,}{context_length(recipe, a):9}{f'{size[0]} -> {size[1]}':>14}"
+              f"{f'{rate[0]:.2e} -> {rate[1]:.2e}':>22}"
+              f"{f'{rate[0] / size[0]**.5:.2e} -> {rate[1] / size[1]**.5:.2e}':>22}  "
+              + " ".join(f"{name} {share:.0%}" for name, share in mixture(recipe, a).items()))
+    flops = flops_per_token(config) * tokens
+    days = flops / (world * PEAKS["H100"]) / 86400
+    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
+          f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}"
+          f"\n\nmemory of each GPU in GB, with fp32 weights and bf16 products:")
+    fixed, rows = memory(config, world, torch.bfloat16)
+    fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
+    for name, size in {**fixed, "together": sum(fixed.values())}.items():
+        print(f"  {name:40}{size / 1e9:8.2f}")
+    with torch.device("meta"):
+        whole = 4 * sum(p.numel() for p in Mamba(config).parameters())
+    print(f"  {'and, if a step takes several passes, whole gradients':40}{whole / 1e9:8.2f}\n")
+    for length in dict.fromkeys(recipe.context):
+        for name, row in rows.items():
+            free = 80e9 - sum(fixed.values())
+            one, more = (int(max(left, 0) // (row * length)) for left in (free, free - whole))
+            print(f"  context {length} {name:>7} --checkpoint-activations{row * length / 1e9:7.2f} GB a row; "
+                  f"80 GB hold --micro-batch {one}, in several passes {more}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    x = [recipe.total_tokens * i // 1000 for i in range(1001)]
+    picture(args.out / "plan.png", x, {title: [function(recipe, t) for t in x] for title, function in {
+        "learning rate": learning_rate, "batch": batch_size, "context": context_length}.items()})
+
+
+def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
+    """What the --data flags name, and the recipe with the shares that they give."""
+    paths, shares = {}, {}
+    for text in texts:
+        name, path, share = re.fullmatch(r"(?:([\w-]+)=)?(.*?)(?::([\d.]+))?", text, re.DOTALL).groups()
+        if name is None:
+            name, path, share = "text", text, None          # paths without a name are one source
+        elif name in paths:
+            raise ValueError(f"--data has {name} twice, {paths[name][0]} and {path}; each needs its own name")
+        if not Path(path).exists():
+            raise ValueError(f"there is no {path}, which --data names")
+        paths.setdefault(name, []).append(Path(path))
+        shares |= {name: share} if share else {}
+    paths = paths or {"text": standard_library()}
+    if len(paths) == 1:
+        shares = dict.fromkeys(paths, 1)
+    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
+    if shares.keys() == paths.keys():
+        recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
+    elif shares or wanted != paths.keys():
+        raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
+                         "name the same, or give each a share as name=path:share")
+    return paths, recipe
+
+
+def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
+    """A corpus as a file of uint16 tokens, which training maps into memory."""
+    if sample.vocabulary(tokenizer) > 2**16:
+        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {sample.vocabulary(tokenizer)}")
+    count = 0
+    with new_file(path) as file:
+        for part in tokenized(paths, tokenizer, seed):
+            file.buffer.write(part.tobytes())
+            count += len(part)
+    print(f"{path}: {count:,} tokens")
+
+
+def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
+    paths, recipe = named_data(args.data or [], recipe)
+    source = recipe.init_from or (args.out if args.eval_only else None)
+    folder = find(source) if source else None
     path = args.tokenizer or (folder / "tokenizer.json" if folder else None)
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
@@ -211,75 +729,151 @@ def run(args: argparse.Namespace, recipe: Recipe) -> None:
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if tokenizer.token_to_id(END) is None:
+    vocabulary, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
+    if end is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")
-    if folder:
-        model = Mamba.from_pretrained(folder, args.device, torch.float32)
-        if vocabulary(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"{path} has {vocabulary(tokenizer)} tokens, but {folder} only "
-                             f"{model.config.vocab_size}; leave --tokenizer out to keep the checkpoint's own")
+    if args.tokenize_to:
+        return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
+    done = [] if args.eval_only else checkpoints(args.out)
+    if done and not args.resume:
+        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
+                         "another --out begins a new one")
+    torch.manual_seed(recipe.seed)
+    if folder:      # to look at a model its own dtype will do; to train or divide it, all weights are fp32
+        dtype = None if args.eval_only and not dist.is_initialized() else torch.float32
+        model = Mamba.from_pretrained(folder, "cpu", dtype)
     else:
-        sizes = TINY | {name: getattr(args, name) for name in TINY if getattr(args, name) is not None}
-        model = Mamba(MambaConfig(**sizes, vocab_size=vocabulary(tokenizer),
-                                  eos_token_id=tokenizer.token_to_id(END))).to(args.device)
-    texts, held_out = read_documents(args.data or standard_library(), recipe.seed)
-    data = Rows("to train on", texts, tokenizer, recipe, recipe.total_tokens)
-    validation = Rows("held out", held_out, tokenizer, recipe, 128 * recipe.context)
-    args.out.mkdir(parents=True, exist_ok=True)     # what cannot be written is found out now, not after the training
-    with tempfile.TemporaryFile(dir=args.out):
-        pass
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        if (args.out / name).is_dir():
-            raise ValueError(f"{args.out / name} is a folder, where the model's file of that name belongs")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, d_model {model.config.d_model}, "
-          f"{model.config.n_layer} layers; {len(data.tokens):,} tokens of text, on {args.device}; {recipe}")
-
-    begin = time.perf_counter()
-    try:
-        for row in train(model, recipe, data, args.device):
-            print("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | batch {batch_size} | "
-                  "{tokens_per_s:.0f} tok/s".format(**row), f"| {row['tokens'] / recipe.total_tokens:.0%}")
-    except KeyboardInterrupt:
-        print("interrupted: saving the model as it is", file=sys.stderr)
-    save(model, tokenizer, args.out)
-    print(f"held-out loss {held_out_loss(model, validation, args.device):.4f} nats per token, "
-          f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
-    prompt = tokenizer.encode("def ", add_special_tokens=False).ids
-    text = list(prompt)
-    for token in generate(model, torch.tensor([prompt], device=args.device), 300, 0.6, stop=tokenizer.token_to_id(END)):
+        model = Mamba(MambaConfig(**{"vocab_size": vocabulary, "eos_token_id": end} | sizes))
+    if vocabulary > model.config.vocab_size:
+        raise ValueError(f"{path or 'the byte tokenizer'} has {vocabulary} tokens, but the model only "
+                         f"{model.config.vocab_size}; give the tokenizer that belongs to it")
+    sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
+    trainer = Trainer(args, recipe, model, tokenizer, sources)
+    if done:
+        trainer.resume(done[-1])
+    if trainer.rank == 0 and not args.eval_only:        # what cannot be written is found out now
+        (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+        for name in ("tokenizer.json", "config.json", "model.safetensors"):
+            if (args.out / name).is_dir():
+                raise ValueError(f"{args.out / name} is a folder, where the model's file of that name belongs")
+        for left in (args.out / "checkpoints").glob("*.partial"):       # by a run that was killed
+            shutil.rmtree(left)
+    say = print if trainer.rank == 0 else lambda *_: None
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(source.size for source in sources.values()):,} tokens of text, "
+        f"{trainer.world} x {args.device}, scan: chunked\n{recipe}\n{model.config}")
+    if args.eval_only:
+        for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
+            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
+                f"{bits:.4f} bits per byte")
+        return
+    begin, finished = time.perf_counter(), trainer.run()
+    if trainer.rank > 0:
+        return
+    rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    picture(args.out / "loss.png", [row["tokens"] for row in rows],
+            {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
+    if not finished:
+        return say(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
+    say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
+    model = Mamba.from_pretrained(args.out, args.device)
+    text = tokenizer.encode("def ", add_special_tokens=False).ids
+    for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.6, stop=end):
         text += token.tolist()
-    print(tokenizer.decode(text))
+    say(tokenizer.decode(text))
+
+
+@dataclass
+class Options:
+    """How a run is run. None of it changes a loss."""
+    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
+                           "name=path:share; repeat for more (else the sources of Python's standard library)")
+    out: Path = flag(Path("out"), "folder for all results")
+    tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
+    tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
+    resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
+    eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
+    plan: bool = flag(False, "only print the run's steps, rates, days and memory")
+    world_size: int = flag(1, "GPUs, for that plan", 1)
+    mfu: float = flag(0.18, "the part of the GPUs' peak that training reaches, for that plan", 1e-3)
+    micro_batch: int = flag(16, "sequences that a GPU runs at a time", 1)
+    checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
+    compile: bool = flag(False, "torch.compile the blocks")
+    checkpoint_every: int = flag(100, "steps", 1)
+    eval_every: int = flag(200, "steps", 1)
+    keep: int = flag(2, "checkpoints", 1)
+    device: sample.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one")
+
+
+def value(kind: type, low: float = 0, high: float = 2**60):
+    """An argparse type: a number from low to high, several with commas, or whatever else `kind` is."""
+    if hasattr(kind, "__args__"):                           # tuple[int], tuple[str]
+        one = value(kind.__args__[0], low, high)
+        return lambda text: tuple(one(part) for part in text.split(","))
+    return sample.number(kind, low, high) if kind in (int, float) else kind
+
+
+def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
+    """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=RECIPES, default="tiny", help="gives the defaults (itself tiny)")
+    first.add_argument("--total-tokens", type=value(int, 1), metavar="X",
+                       help="the whole run (default the recipe's); its phases, unless given, scale with it")
+    given = first.parse_known_args(arguments)[0]
+    name = given.recipe
+    recipe = scaled(RECIPES[name], given.total_tokens or RECIPES[name].total_tokens)
+    parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", parents=[first], allow_abbrev=False)
+    for cls, given in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, SIZES[name]):
+        for f in fields(cls):
+            if f.name == "total_tokens":
+                continue
+            shown = given.get(f.name, f.default)
+            shown = ",".join(map(str, shown)) if type(shown) is tuple else shown
+            kind = {"type": value(f.type, *[*f.metadata.values()][1:]), "metavar": "X"}
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+            kind |= {"action": "append"} if f.name == "data" else {}
+            # A model's fields stay None unless given, as --init-from brings its own.
+            kind["default"] = None if cls is MambaConfig else given.get(f.name, f.default)
+            help = f.metadata.get("help", "of a fresh model")
+            help += f" (default {shown})" * (shown not in ("", None))
+            parser.add_argument("--" + f.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
+    args = parser.parse_args(arguments)
+    sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
+    if sizes and args.init_from:
+        parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
+    args.total_tokens = recipe.total_tokens
+    return args, Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}), SIZES[name] | sizes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.")
-    add = parser.add_argument
-    add("--data", type=Path, action="append", help="a text file or a folder of them; repeat for more (default: "
-        "the sources of Python's standard library)")
-    add("--out", type=Path, default=Path("out"), help="folder for the model (default %(default)s)")
-    add("--tokenizer", type=Path, help="a tokenizer.json (default: the checkpoint's, or one token a byte)")
-    add("--init-from", metavar="MODEL", help="folder or hub id to start from (default: fresh weights)")
-    add("--device", type=device, default="auto", help="cpu, cuda ... (default: cuda if there is one)")
-    for f in fields(Recipe):
-        low, high = LIMITS.get(f.name, (0, 2**60))
-        kind = number(f.type, low, high)
-        add("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f.metadata["help"] + " (default %(default)s)")
-    for name, default in TINY.items():
-        add("--" + name.replace("_", "-"), type=number(type(default), 0, 2**20), help=f"of a fresh model (default {default})")
-    args = parser.parse_args()
-    if given := [name for name in TINY if getattr(args, name) is not None and args.init_from]:
-        parser.error(f"--init-from brings its own sizes; leave out {', '.join(given)}")
-    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        run(args, recipe)
+        args, recipe, sizes = flags(sys.argv[1:])
+        if args.plan:
+            return plan(args, recipe, MambaConfig(**sizes))
+        if "RANK" in os.environ:                            # torchrun started us
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        run(args, recipe, sizes)
     except RuntimeError as e:
-        if not out_of_memory(e):
+        if not sample.out_of_memory(e):
             raise
-        sys.exit(f"train.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try a smaller --batch-end")
+        sys.exit(f"train.py: out of memory ({str(e).splitlines()[0]}); try a smaller --micro-batch")
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
+    except dcp.CheckpointException as e:
+        sys.exit(f"train.py: no checkpoint written or read: {next(iter(e.failures.values()))[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,47 +1,592 @@
-"""The recipe as functions of tokens, what weight decay touches, and a whole short run."""
+"""train.py's claims. The ones about processes run real ones: `python tests/kill_loop.py 200` is the long version."""
+import argparse
+import json
 import math
+import os
+import re
+import resource
+import signal
+import subprocess
 import sys
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 import train
+from kill_loop import SMALL, command, curve, kill_loop
 from mamba import Mamba, MambaConfig
-from train import Recipe, batch_size, learning_rate, optimizer
+from train import (RECIPES, Objective, Recipe, Source, Trainer, batch_size, byte_tokenizer, context_length,
+                   flops_per_token, learning_rate, memory, mixture, optimizer, place, shuffled, training_row)
 
-GT = 10**9
-SEVEN_B = Recipe(total_tokens=5500 * GT, warmup_tokens=GT, ramp_tokens=50 * GT, decay_tokens=500 * GT, batch_start=128,
-                 batch_end=2048, lr=6.4e-4)
+SEVEN, GT = RECIPES["falcon-mamba-7b"], 10**9
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_the_schedule_is_the_published_one():
-    assert [batch_size(SEVEN_B, t * GT) for t in (0, 25, 50, 4000)] == [128, 1088, 2048, 2048]
-    rate = lambda t: learning_rate(SEVEN_B, t * GT)
-    assert rate(25) == pytest.approx(6.4e-4 * math.sqrt(1088 / 2048))
-    assert rate(50) == rate(5000) == 6.4e-4
-    assert rate(5250) == pytest.approx(4.0e-5) and rate(5500) == rate(9000) == pytest.approx(2.5e-6)
-    noise = [rate(t) / math.sqrt(batch_size(SEVEN_B, t * GT)) for t in (1, 10, 40, 60)]
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Sixty short documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = Path(train.__file__).read_text()
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(text[700 * (i % 40):][:1100])
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch, capsys):
+    """Run train.py's main in this process with these flags; returns its exit status, output and errors."""
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        status = 0
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            train.main()
+        except SystemExit as e:
+            status = e.code or 0
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+            signal.signal(number, handler)
+        text = capsys.readouterr()
+        return (1, text.out, status) if isinstance(status, str) else (status, text.out, text.err)
+    return call
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    subprocess.run(command(data, out, "--keep", "100"), check=True, env=ONE_THREAD, capture_output=True)
+    return out
+
+
+def torchrun(ranks, data, out, *flags):
+    # --standalone picks a free port, so that two test runs on a machine do not meet
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(launch + command(data, out, *flags)[1:], env=ONE_THREAD, capture_output=True, text=True)
+
+
+def trainer(sources=None, micro_batch=16, **sizes):
+    """A Trainer of a small random model in this process."""
+    torch.manual_seed(0)
+    config = MambaConfig(**{"vocab_size": 257, "d_model": 32, "n_layer": 2, "d_state": 8, "initializer_range": 0.2} | sizes)
+    args = argparse.Namespace(device=torch.device("cpu"), micro_batch=micro_batch, checkpoint_activations=False, compile=False)
+    return Trainer(args, Recipe(), Mamba(config), byte_tokenizer(), sources or {})
+
+
+# The recipe
+
+def test_the_7b_recipe_has_the_published_values():
+    assert SEVEN.total_tokens == 5500 * GT and SEVEN.decay_tokens == 500 * GT
+    assert [batch_size(SEVEN, t * GT) for t in (0, 25, 50, 51, 5500)] == [128, 1088, 2048, 2048, 2048]
+    for t in (1, 10, 25, 49.9):
+        assert learning_rate(SEVEN, t * GT) == pytest.approx(6.4e-4 * math.sqrt(batch_size(SEVEN, t * GT) / 2048))
+    noise = [learning_rate(SEVEN, t * GT) / math.sqrt(batch_size(SEVEN, t * GT)) for t in range(1, 5000)]
     assert max(noise) == pytest.approx(min(noise))
+    assert learning_rate(SEVEN, 60 * GT) == learning_rate(SEVEN, 5000 * GT) == 6.4e-4
+    for t in (0, 100, 250, 500):
+        assert learning_rate(SEVEN, (5000 + t) * GT) == pytest.approx(6.4e-4 * 256 ** (-t / 500))
+    assert learning_rate(SEVEN, 5250 * GT) == pytest.approx(4.0e-5) and learning_rate(SEVEN, 5500 * GT) == 2.5e-6
+    assert learning_rate(SEVEN, 5600 * GT) == 2.5e-6
+    assert learning_rate(SEVEN, 0) == 0
 
 
-def test_weight_decay_touches_matrices_and_nothing_else():
-    model = Mamba(MambaConfig(vocab_size=50, d_model=8, n_layer=1))
-    decayed = {id(p) for p in optimizer(model, Recipe()).param_groups[0]["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    mixer = "backbone.layers.0.mixer."
-    assert names == {"backbone.embeddings.weight", "lm_head.weight",
-                     *(mixer + name + ".weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))}
+def test_context_and_sources_of_the_7b_change_in_stages():
+    lengths = [context_length(SEVEN, t * GT) for t in range(5500)]
+    assert sorted(set(lengths)) == [2048, 4096, 8192] and lengths == sorted(lengths)
+    for t in range(0, 5500, 100):
+        assert sum(mixture(SEVEN, t * GT).values()) == pytest.approx(1)
+    assert "finewebedu" not in mixture(SEVEN, 4999 * GT) and mixture(SEVEN, 5000 * GT)["finewebedu"] > 0
+    assert mixture(SEVEN, 0)["refinedweb"] > mixture(SEVEN, 4500 * GT)["refinedweb"]
 
 
-def test_a_short_run_learns_and_leaves_a_model(tmp_path, monkeypatch, capsys):
+def test_continuing_starts_from_the_pre_decay_checkpoint_and_decays_to_a_256th():
+    recipe = RECIPES["continue"]
+    assert recipe.init_from == "tiiuae/falcon-mamba-7b-pre-decay" and learning_rate(recipe, 0) == 0
+    peak = max(learning_rate(recipe, t * GT) for t in range(503))
+    assert peak <= 6.4e-4 and learning_rate(recipe, recipe.total_tokens) == pytest.approx(peak / 256)
+    assert batch_size(recipe, 0) == 2048 and context_length(recipe, 0) == 8192
+
+
+def test_a_shorter_run_keeps_the_shape_of_the_schedule_and_phases_that_do_not_fit_are_refused(trained):
+    short = train.scaled(SEVEN, 5500 * GT // 1000)
+    for t in (0, 3, 25, 1000, 5200, 5500):
+        assert learning_rate(short, t * GT // 1000) == pytest.approx(learning_rate(SEVEN, t * GT))
+        assert context_length(short, t * GT // 1000) == context_length(SEVEN, t * GT)
+    _, recipe, _ = train.flags(["--total-tokens", "9000", "--ramp-tokens", "500"])
+    assert (recipe.total_tokens, recipe.warmup_tokens, recipe.ramp_tokens, recipe.decay_tokens) == (9000, 300, 500, 3000)
+    status, _, err = trained("--total-tokens", 1000, "--decay-tokens", 980)
+    assert status == 1 and "--total-tokens 1000" in err and "980" in err
+
+
+def test_every_field_of_recipe_and_model_is_a_flag_and_unknown_flags_fail(trained):
+    status, out, _ = trained("--help")
+    assert status == 0
+    for f in [*fields(Recipe), *fields(MambaConfig)]:
+        assert f"--{f.name.replace('_', '-')} " in out.replace(",", " ").replace("\n", " ")
+    assert trained("--learning-rate", "1")[0] == 2
+    assert trained("--lr", "-1")[0] == 2
+    assert trained("--context", "0")[0] == 2
+    assert trained("--total-tokens", "1.5")[0] == 2
+
+
+# The data
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3000), st.integers())
+def test_shuffling_without_a_table_is_a_permutation(n, key):
+    assert sorted(shuffled(k, n, (key,)) for k in range(n)) == list(range(n))
+
+
+def test_shuffling_mixes_and_depends_on_its_key():
+    a, b = ([shuffled(k, 1000, (key,)) for k in range(1000)] for key in (0, 1))
+    assert abs(np.corrcoef(a, range(1000))[0, 1]) < 0.15 and abs(np.corrcoef(a, b)[0, 1]) < 0.15
+
+
+def test_a_run_reads_every_row_of_a_source_once_before_any_twice_and_keeps_the_shares():
+    recipe = replace(Recipe(), context=(64, 128), stages=(0, 640_000), mixture=("web:3 code:1", "web:1 code:1"))
+    seen, tokens = Counter(), 0
+    while tokens < 640_000:
+        seen.update(place(recipe, tokens, i) for i in range(batch_size(recipe, tokens)))
+        tokens += batch_size(recipe, tokens) * 64
+    assert max(seen.values()) == 1
+    rows = Counter(name for name, _ in seen)
+    assert rows["web"] / rows.total() == pytest.approx(0.75, abs=0.01)
+    for name in rows:       # all of the first ones, but for the last thousand rows, which are not complete
+        assert max(before for _, before in seen) < rows["web"] + 1000
+        assert {before for source, before in seen if source == name} >= set(range(rows[name] - 1000))
+    # In the next stage, with rows twice as long, each source goes on from about where it stopped.
+    later = [place(recipe, 650_000, i) for i in range(2000)]
+    assert min(before for name, before in later if name == "code") >= 640_000 / 4 / 128 - 1
+
+
+def test_a_batch_is_a_function_of_seed_and_tokens(data):
+    recipe, tokenizer = replace(Recipe(), context=(64,)), byte_tokenizer()
+    sources = [{"text": Source("text", [data], tokenizer, recipe)} for _ in range(2)]
+    for tokens, i in [(0, 0), (0, 3), (6400, 1), (10**6, 7)]:
+        a, b = (training_row(recipe, s, tokens, i) for s in sources)
+        assert len(a) == 65 and np.array_equal(a, b)
+    rows = [training_row(replace(recipe, seed=seed), sources[0], 0, 0).tobytes() for seed in range(5)]
+    assert len(set(rows)) == 5
+
+
+def test_documents_do_not_see_each_other():
+    """What a document's last token costs does not depend on the document before it, only on its own."""
+    t, end = trainer(), 256
+    before, others = np.arange(40), np.arange(40)[::-1].copy()
+
+    def cost(first, closed):
+        own = [90, 91, 92, 93]
+        rows = [np.concatenate([first, [end] if closed else [99], own, [last]]) for last in (94, 95)]
+        a, b = (t.loss([row], 45).item() for row in rows)
+        return a - b        # all but the last target cancels
+    assert cost(before, True) == pytest.approx(cost(others, True), abs=2e-4)
+    assert abs(cost(before, False) - cost(others, False)) > 1e-3
+
+
+def test_held_out_documents_are_not_trained_on(data):
+    source = Source("text", [data], byte_tokenizer(), train.scaled(Recipe(), 10**6))
+    training, held_out = source.parts["training"], source.parts["held out"]
+    assert training[-1] == 256 and 0 < len(held_out) <= source.size // 20
+    assert len(training) + len(held_out) == source.size
+
+
+def test_a_file_of_tokens_trains_as_its_text_does(trained, data, tmp_path):
+    flags = [*SMALL, "--total-tokens", "2000"]
+    status, out, _ = trained("--data", data, "--tokenize-to", tmp_path / "corpus.bin")
+    assert status == 0 and (tmp_path / "corpus.bin").stat().st_size > 60 * 1100
+    assert "tokens" in out
+    for name in ("corpus.bin", "text"):
+        path = tmp_path / name if name == "corpus.bin" else data
+        # enough tokens wanted that the text is read whole, as the file is
+        assert trained("--data", path, "--out", tmp_path / f"out-{name}", *flags, "--total-tokens", "70000",
+                       "--batch-end", "64", "--ramp-tokens", "0")[0] == 0
+    assert curve(tmp_path / "out-corpus.bin") == curve(tmp_path / "out-text")
+    source = Source("text", [tmp_path / "corpus.bin"], byte_tokenizer(), Recipe())
+    assert isinstance(source.parts["training"].base, np.memmap) or isinstance(source.parts["training"], np.memmap)
+    with (tmp_path / "corpus.bin").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="had .* tokens and now has 500"):
+        source.row("training", 0, 64)
+    (tmp_path / "corpus.bin").unlink()
+    with pytest.raises(FileNotFoundError):
+        source.row("training", 0, 64)
+
+
+# The model
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_decay_touches_matrices_only(tied):
+    model = Mamba(MambaConfig(vocab_size=11, d_model=32, n_layer=1, tie_embeddings=tied))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ({names[id(p)].removeprefix("backbone.layers.0.") for p in group["params"]}
+                       for group in optimizer(model, Recipe()).param_groups)
+    assert decayed == {"backbone.embeddings.weight", "mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.dt_proj.weight",
+                       "mixer.out_proj.weight"} | ({"lm_head.weight"} if not tied else set())
+    assert others == {"backbone.norm_f.weight", "norm.weight", "mixer.A_log", "mixer.D", "mixer.conv1d.weight",
+                      "mixer.conv1d.bias", "mixer.dt_proj.bias"}
+    assert [group["weight_decay"] for group in optimizer(model, Recipe()).param_groups] == [0.1, 0]
+
+
+def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits():
+    torch.manual_seed(0)
+    model = Mamba(MambaConfig(vocab_size=50, d_model=32, n_layer=1, d_state=4))
+    tokens, targets = torch.randint(50, (3, 700)), torch.randint(50, (3, 700))
+    starts = torch.rand(3, 700) < 0.1
+    loss = Objective(model)(tokens, targets, starts)
+    whole = torch.nn.functional.cross_entropy(model(tokens, reset=starts)[0].flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, whole)
+    grads = [torch.autograd.grad(v, model.lm_head.weight)[0] for v in (loss, whole)]
+    torch.testing.assert_close(*grads)
+
+
+SHARDED_BF16 = """
+import argparse, torch, torch.distributed as dist, warnings
+warnings.simplefilter("ignore")
+from functools import partial
+from torch.utils.checkpoint import checkpoint
+import mamba, train
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+model = mamba.Mamba(mamba.MambaConfig(vocab_size=50, d_model=64, n_layer=2, d_state=8, initializer_range=0.1))
+args = torch.randint(50, (2, 64)), torch.randint(50, (2, 64)), torch.rand(2, 64) < 0.1
+exact = train.Objective(model)(*args).item()
+for block in model.backbone.layers:
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+objective = train.Objective(model)
+train.shard(objective, "cpu", 1, torch.bfloat16)
+seen, scan = {}, mamba.selective_scan
+def spy(x, dt, A, B, C, D, z, dt_bias, h0, reset):
+    mixer = model.backbone.layers[0].mixer
+    seen.update(A_log=mixer.A_log, D=D, dt_bias=dt_bias, conv=mixer.conv1d.weight, dt_proj=mixer.dt_proj.weight,
+                A=A, x=x, dt=dt, z=z, in_proj=mixer.in_proj.weight)
+    seen.update({k: v.dtype for k, v in seen.items() if isinstance(v, torch.Tensor)})
+    return scan(x, dt, A, B, C, D, z, dt_bias, h0, reset)
+mamba.selective_scan = spy
+arrived = []
+for last in (False, False, True):
+    objective.set_requires_gradient_sync(last)
+    loss = objective(*args)
+    loss.backward()
+    arrived.append(sum(p.grad is not None for p in model.parameters()))
+mamba.selective_scan = scan
+class Tokens:
+    size, rows = 100, lambda self, part, length: 9
+    row = lambda self, part, i, length: torch.arange(length + 1).numpy() % 50
+options = argparse.Namespace(device=torch.device("cpu"), micro_batch=2, checkpoint_activations=False, compile=False)
+recipe = train.Recipe(batch_start=5, ramp_tokens=1000, context=(8,))
+trainer = train.Trainer(options, recipe, mamba.Mamba(model.config), train.byte_tokenizer(), {"text": Tokens()})
+trainer.objective.set_requires_gradient_sync = lambda last: asked.append(last)
+asked = []
+trainer.update()
+p = model.backbone.layers[0].mixer.A_log
+print(asked == [False, False, True], seen, exact, loss.item(), arrived, p.dtype, p.grad.dtype, model.lm_head.weight.dtype, sep="|")
+"""
+
+
+def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradients_travel_once():
+    out = subprocess.run([sys.executable, "-c", SHARDED_BF16], cwd=Path(train.__file__).parent, env=ONE_THREAD,
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    asked, seen, exact, loss, arrived, *kept = out.stdout.strip().split("|")
+    for name, dtype in {"A_log": "float32", "D": "float32", "dt_bias": "float32", "conv": "float32", "A": "float32",
+                        "dt_proj": "float32", "in_proj": "bfloat16", "x": "bfloat16", "dt": "bfloat16",
+                        "z": "bfloat16"}.items():
+        assert f"'{name}': torch.{dtype}" in seen, (name, seen)
+    assert float(loss) == pytest.approx(float(exact), rel=0.01) and float(loss) != float(exact)
+    assert kept == ["torch.float32"] * 3
+    assert json.loads(arrived) == [0, 0, 23] and asked == "True"      # and the loop asks for just that
+
+
+# Ranks, passes, restarts
+
+def test_two_processes_draw_the_curve_of_one(trained, uninterrupted, data, tmp_path):
+    run = torchrun(2, data, tmp_path / "two", "--checkpoint-activations", "--micro-batch", "3")
+    assert run.returncode == 0, run.stderr
+    one, two = curve(uninterrupted), curve(tmp_path / "two")
+    assert len(one) == len(two) > 20
+    np.testing.assert_allclose(two, one, rtol=2e-5)
+    # and one process goes on from what two wrote
+    last = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
+    (last[-1]).rename(tmp_path / "gone")
+    assert trained("--data", data, "--out", tmp_path / "two", *SMALL, "--resume")[0] == 0
+    np.testing.assert_allclose(curve(tmp_path / "two"), one, rtol=2e-5)
+
+
+def test_four_passes_a_step_draw_the_curve_of_one(trained, uninterrupted, data, tmp_path):
+    assert trained("--data", data, "--out", tmp_path / "four", *SMALL, "--micro-batch", 4)[0] == 0
+    np.testing.assert_allclose(curve(tmp_path / "four"), curve(uninterrupted), rtol=2e-5)
+
+
+def test_activation_checkpointing_changes_nothing(trained, uninterrupted, data, tmp_path):
+    assert trained("--data", data, "--out", tmp_path / "o", *SMALL, "--checkpoint-activations")[0] == 0
+    np.testing.assert_allclose(curve(tmp_path / "o"), curve(uninterrupted), rtol=2e-5)
+
+
+def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained, uninterrupted, data, tmp_path):
+    out, at = tmp_path / "out", 0
+    for number, step in (signal.SIGTERM, 4), (signal.SIGINT, 10):
+        flags = ["--resume", "--checkpoint-every", "1000"]      # so that only the signal saves
+        process = subprocess.Popen(command(data, out, *flags), env=ONE_THREAD, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"step {step} "):
+                process.send_signal(number)
+                break
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0 and "stopped and saved" in stdout and not stderr, stderr
+        assert at < step <= len(curve(out)) < len(curve(uninterrupted))
+        at = len(curve(out))
+        assert (out / "checkpoints" / f"step-{at:09}").exists()
+    assert trained("--data", data, "--out", out, *SMALL, "--resume")[0] == 0
+    assert curve(out) == curve(uninterrupted)
+    assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+
+
+def test_sigkill_loses_neither_the_folder_nor_the_curve(data, tmp_path):
+    assert kill_loop(2, data, tmp_path, seed=1) >= 2
+
+
+def copy_of(run, tmp_path, step):
+    """That run's folder as it was when this checkpoint was the last."""
+    import shutil
+    shutil.copytree(run, tmp_path / "copy")
+    for folder in (tmp_path / "copy" / "checkpoints").iterdir():
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "0.001"], ["lr", "0.004", "0.001"]), (["--d-state", "4"], ["d_state", "8", "4"]),
+    (["--seed", "7"], ["seed", "0", "7"]), (["--total-tokens", "30000"], ["total_tokens", "20000", "30000"]),
+    (["--vocab-size", "300"], ["vocab_size", "257", "300"])])
+def test_resuming_another_recipe_or_model_is_refused_with_both_values(trained, uninterrupted, data, flags, words):
+    before = {p: p.read_bytes() for p in sorted(uninterrupted.rglob("*")) if p.is_file()}
+    status, out, err = trained("--data", data, "--out", uninterrupted, *SMALL, "--resume", *flags)
+    assert status == 1 and all(re.search(rf"\b{word}\b", err) for word in words), err
+    assert {p: p.read_bytes() for p in sorted(uninterrupted.rglob("*")) if p.is_file()} == before
+
+
+def test_resuming_with_another_vocabulary_or_corpus_is_refused(trained, uninterrupted, data, tmp_path):
+    tokenizer, before = byte_tokenizer(), (uninterrupted / "tokenizer.json").read_bytes()
+    tokenizer.add_tokens(["self"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    flags = ["--out", uninterrupted, *SMALL, "--resume"]
+    status, _, err = trained("--data", data, *flags, "--tokenizer", tmp_path / "tokenizer.json", "--vocab-size", 258)
+    assert status == 1 and "vocab_size 257" in err and "258" in err
+    assert (uninterrupted / "tokenizer.json").read_bytes() == before
+    (tmp_path / "other.txt").write_text("another corpus\n" * 900)
+    status, _, err = trained("--data", tmp_path / "other.txt", *flags)
+    assert status == 1 and "data" in err and "text" in err
+    status, _, err = trained("--data", data, "--out", uninterrupted, *SMALL)
+    assert status == 1 and "--resume" in err            # and a new run does not overwrite it
+
+
+def test_after_a_resume_each_step_stands_once_in_the_metrics(trained, uninterrupted, data, tmp_path):
+    out = copy_of(uninterrupted, tmp_path, 9)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "tok')                    # as a kill leaves it
+    assert trained("--data", data, "--out", out, *SMALL, "--resume")[0] == 0
+    assert [row[0] for row in curve(out)] == list(range(1, len(curve(uninterrupted)) + 1))
+    assert len(list((out / "checkpoints").iterdir())) == 2
+
+
+def checkpoint_files(out, step):
+    return {p.name: p.read_bytes() for p in (out / "checkpoints" / f"step-{step:09}").iterdir()}
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(trained, uninterrupted, data, tmp_path):
+    out = copy_of(uninterrupted, tmp_path, 9)
+    before = checkpoint_files(out, 9)
+    weights = (out / "model.safetensors").read_bytes()
+    run = subprocess.run(command(data, out, "--resume"), env=ONE_THREAD, capture_output=True, text=True,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    assert run.returncode == 1 and run.stderr.startswith("train.py: ") and run.stderr.count("\n") == 1, run.stderr
+    assert "too large" in run.stderr
+    assert checkpoint_files(out, 9) == before and (out / "model.safetensors").read_bytes() == weights
+    assert [p.name for p in sorted((out / "checkpoints").glob("step-*[0-9]"))][-1] == "step-000000009"
+    assert trained("--data", data, "--out", out, *SMALL, "--resume")[0] == 0       # once there is room again
+    assert curve(out) == curve(uninterrupted)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_sentence(trained, uninterrupted, data, tmp_path, monkeypatch):
+    out = copy_of(uninterrupted, tmp_path, 9)
+    before = checkpoint_files(out, 9)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.Writer, "write_data", full)
+    status, _, err = trained("--data", data, "--out", out, *SMALL, "--resume")
+    assert status == 1 and "No space left on device" in err and checkpoint_files(out, 9) == before
+
+
+def test_a_loss_that_is_not_finite_is_a_sentence_and_leaves_the_last_checkpoint(
+        trained, uninterrupted, data, tmp_path, monkeypatch):
+    out = copy_of(uninterrupted, tmp_path, 9)
+    before, right = checkpoint_files(out, 9), Objective.piece
+
+    def wrong(self, hidden, targets):
+        return right(self, hidden, targets) * (math.nan if len(targets) == 16 * 64 else 1)
+    monkeypatch.setattr(Objective, "piece", wrong)
+    status, _, err = trained("--data", data, "--out", out, *SMALL, "--resume")
+    assert status == 1 and "the loss is nan" in err and "--lr" in err and "step" in err
+    assert checkpoint_files(out, 9) == before
+
+
+def test_resuming_unpickles_nothing(uninterrupted, data, tmp_path):
+    out = copy_of(uninterrupted, tmp_path, 21)
+    code = ("import sys; sys.addaudithook(lambda event, args: event == 'pickle.find_class' and sys.exit(f'unpickled {args}'));"
+            "import runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    run = subprocess.run([sys.executable, "-c", code, *command(data, out, "--resume")[1:]], env=ONE_THREAD,
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and f"step {len(curve(uninterrupted))} " in run.stdout, run.stderr
+    assert {p.suffix for p in out.rglob("*") if p.is_file()} <= {".json", ".jsonl", ".safetensors", ".png"}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "nowhere"], "there is no nowhere"), (["--data", "a=README", "--data", "a=README"], "there is no README"),
+    (["--recipe", "falcon-mamba-7b", "--data", "web={data}", "--data", "code={data}"], "--data names code, web"),
+    (["--data", "{data}", "--context", "1000000"], "--context 1000000"), (["--init-from", "nowhere"], "'nowhere' is not a folder"),
+    (["--data", "{data}", "--out", "{data}/00.txt/out"], "Not a directory"), (["--stages", "5", "--context", "8"], "begin with 0"),
+    (["--context", "8,16"], "2 values"), (["--mixture", "web"], "name:share"),
+    (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "is not a tokenizer"), (["--n-layer", "5000"], "num_hidden_layers"),
+    (["--data", "{data}", "--vocab-size", "100"], "has 257 tokens"), (["--eval-only", "--out", "nowhere"], "nowhere")])
+def test_bad_input_is_one_sentence(trained, data, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = trained(*[flag.format(data=data) for flag in flags])
+    assert status == 1 and err.startswith("train.py: ") and "\n" not in err and words in err, err
+
+
+# What a run leaves
+
+def test_a_short_run_learns(trained, tmp_path):
     (tmp_path / "text.txt").write_text("abcdefgh" * 2000)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"),
-                                      "--total-tokens", "6000", "--warmup-tokens", "300", "--ramp-tokens", "1000",
-                                      "--decay-tokens", "2000", "--context", "32", "--d-model", "16", "--n-layer", "1",
-                                      "--device", "cpu", "--lr", "0.02"])
-    train.main()
-    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in capsys.readouterr().out.splitlines()
-              if line.startswith("step ")]
+    assert trained("--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--total-tokens", 6000, "--context", 32,
+                   "--d-model", 16, "--n-layer", 1, "--device", "cpu", "--lr", 0.02)[0] == 0
+    losses = [row[2] for row in curve(tmp_path / "out")]
     assert losses[0] > 5 and losses[-1] < 2
-    assert (tmp_path / "out" / "tokenizer.json").exists()
     assert Mamba.from_pretrained(tmp_path / "out")(torch.tensor([[97, 98]]))[0].shape == (1, 2, 257)
+
+
+def test_out_holds_the_model_the_metrics_and_a_picture(uninterrupted):
+    names = {p.name for p in uninterrupted.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoints"} <= names
+    if "matplotlib" in sys.modules or __import__("importlib.util").util.find_spec("matplotlib"):
+        assert "loss.png" in names
+    rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"step", "tokens", "loss", "lr", "batch_size", "context", "grad_norm", "tokens_per_s"}
+    assert all(wanted <= row.keys() for row in rows) and "text" in rows[-1]["held_out"]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+
+
+def test_eval_only_trains_nothing_and_agrees_with_transformers(trained, uninterrupted, data):
+    before = (uninterrupted / "model.safetensors").read_bytes()
+    status, out, _ = trained("--eval-only", "--data", data, "--out", uninterrupted, "--context", 64, "--total-tokens", 20000)
+    found = re.search(r"text: ([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits per byte", out)
+    assert status == 0 and found, out
+    nats, perplexity, bits = map(float, found.groups())
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+    assert bits == pytest.approx(nats / math.log(2), rel=0.03)         # a byte a token, but for the ends of documents
+    assert (uninterrupted / "model.safetensors").read_bytes() == before
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    source = Source("text", [data], byte_tokenizer(), train.scaled(Recipe(), 20000))
+    model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted).eval()
+    ours, row = Mamba.from_pretrained(uninterrupted), torch.tensor(source.parts["held out"][:200].astype(np.int64))[None]
+    with torch.no_grad():
+        theirs = model(row, labels=row).loss.item()
+        logits = ours(row[:, :-1])[0]
+    assert torch.nn.functional.cross_entropy(logits[0], row[0, 1:]).item() == pytest.approx(theirs, abs=1e-4)
+
+
+def test_training_goes_on_from_a_published_folder(trained, uninterrupted, data, tmp_path):
+    status, out, err = trained("--init-from", uninterrupted, "--data", data, "--out", tmp_path / "more", "--context", 64,
+                               "--total-tokens", 1024, "--batch-end", 4, "--lr", 1e-4)
+    assert status == 0, err
+    assert curve(tmp_path / "more")[0][2] < curve(uninterrupted)[0][2] - 1
+    status, _, err = trained("--init-from", uninterrupted, "--d-model", 64)
+    assert status == 2 and "d_model" in err
+
+
+# The plan
+
+def test_the_plan_of_the_7b_prints_the_whole_run(trained, tmp_path):
+    start = time.perf_counter()
+    status, out, err = trained("--recipe", "falcon-mamba-7b", "--plan", "--world-size", 256, "--out", tmp_path)
+    assert status == 0 and time.perf_counter() - start < 30, err
+    assert re.search(r"ramp .*147 -> 2048 .*6.40e-04 .*1.41e-05 -> 1.41e-05", out)
+    assert re.search(r"decay +5e\+12 +5.5e\+12 .*8192 .*6.40e-04 -> 2.50e-06", out)
+    days = float(re.search(r"on 256 H100 ([\d.]+) days at 18% MFU", out)[1])
+    assert 50 < days < 70       # "about two months"
+    assert re.search(r"context 8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_plan_counts_the_operations_of_every_product():
+    """6 a parameter, but for the embeddings, which are looked up, and what is no matrix; and the scan, under 1%."""
+    with torch.device("meta"):
+        model = Mamba(MambaConfig())
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert 6 * matrices < flops_per_token(MambaConfig()) < 6.06 * matrices
+
+
+SHARDED_7B = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import mamba, train
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
+with torch.device("meta"):
+    objective = train.Objective(mamba.Mamba(mamba.MambaConfig()))
+train.shard(objective, "cpu", 256, torch.bfloat16)
+tensors = [p.to_local() for p in objective.parameters()]
+print(len(tensors), sum(p.numel() for p in objective.parameters()), sum(p.numel() * p.element_size() for p in tensors))
+"""
+
+
+def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
+    out = subprocess.run([sys.executable, "-c", SHARDED_7B], cwd=Path(train.__file__).parent, env=ONE_THREAD,
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    count, whole, mine = map(int, out.stdout.split())
+    fixed, _ = memory(MambaConfig(), 256, torch.bfloat16)
+    assert (count, whole) == (643, 7_272_665_088)
+    assert fixed["weights"] == fixed["gradients"] == fixed["Adam's two averages"] / 2 == mine
+
+
+MEASURED = """
+import argparse, resource, sys, torch, numpy as np
+import train
+from mamba import Mamba, MambaConfig
+now = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+config = MambaConfig(vocab_size=2000, d_model=256, n_layer=int(sys.argv[1]), initializer_range=0.02)
+args = argparse.Namespace(device=torch.device("cpu"), micro_batch=16, checkpoint_activations=sys.argv[2] == "with", compile=False)
+rng, tokenizer = np.random.default_rng(0), train.byte_tokenizer()
+def step(trainer, rows, length):
+    trainer.loss([rng.integers(0, 2000, length + 1) for _ in range(rows)], length).backward()
+    trainer.adam.step()
+    trainer.adam.zero_grad()
+# A first, smaller one, so that code and thread pools are loaded before the count begins.
+step(train.Trainer(args, train.Recipe(), Mamba(MambaConfig(vocab_size=2000, d_model=32, n_layer=1)), tokenizer, {}), 1, 32)
+before = now()
+trainer = train.Trainer(args, train.Recipe(), Mamba(config), tokenizer, {})
+for _ in range(2):
+    step(trainer, 4, 256)
+fixed, rows = train.memory(config, 1, torch.float32)
+print(sum(fixed.values()) + 4 * 256 * rows[sys.argv[2]], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("layers, kind", [(4, "without"), (8, "with")])
+def test_the_plans_memory_is_what_a_step_takes(layers, kind):
+    out = subprocess.run([sys.executable, "-c", MEASURED, str(layers), kind], cwd=Path(train.__file__).parent,
+                         env=ONE_THREAD | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    planned, measured = map(float, out.stdout.split())
+    print(f"{kind}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert 0.75 < measured / planned < 1.15     # a plan may ask for too much, hardly for too little

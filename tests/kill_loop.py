@@ -1,0 +1,70 @@
+"""Kill a training run again and again: python tests/kill_loop.py 200
+
+Each run goes on from what the one before it left, until it is killed with SIGKILL at a random moment, or done. Then
+the loss curve must be that of a run nobody touched, and the next series begins in a new folder.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --total-tokens 20000 --warmup-tokens 1000 --ramp-tokens 4000 "
+         "--decay-tokens 8000 --checkpoint-every 3 --eval-every 8 --device cpu").split()
+
+
+def command(data: Path, out: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--out", str(out), *SMALL, *flags]
+
+
+def curve(out: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[name] for name in ("step", "tokens", "loss", "lr", "grad_norm")) for row in rows]
+
+
+def kill_loop(kills: int, data: Path, folder: Path, seed: int = 0) -> int:
+    """Returns how many of the kills landed before the run was done. AssertionError if anything was lost."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    untouched, out, rng, landed, series = folder / "untouched", folder / "killed", random.Random(seed), 0, 0
+    begin = time.perf_counter()
+    subprocess.run(command(data, untouched), check=True, env=environment, stdout=subprocess.DEVNULL)
+    whole = time.perf_counter() - begin
+    while landed < kills:
+        done = max(out.glob("checkpoints/step-*[0-9]"), default=None)
+        process = subprocess.Popen(command(data, out, "--resume"), env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)
+        # Most runs live long enough to train: the first step comes after about two thirds of a whole run.
+        deadline = time.perf_counter() + rng.uniform(0.3, 1.1) * whole
+        while process.poll() is None and time.perf_counter() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        text, code = process.communicate()[0], process.returncode
+        assert code in (0, -signal.SIGKILL), f"the run after {done} failed:\n{text}"
+        landed += code != 0
+        first = [line for line in text.splitlines() if line.startswith("step ")]
+        if done and first:
+            assert first[0].startswith(f"step {int(done.name[5:]) + 1} "), f"it had {done}, but began with {first[0]}"
+        if code == 0:
+            assert curve(out) == curve(untouched), "the curve is not the one of an uninterrupted run"
+            assert (out / "model.safetensors").read_bytes() == (untouched / "model.safetensors").read_bytes()
+            shutil.rmtree(out)
+            series += 1
+    if out.exists():
+        subprocess.run(command(data, out, "--resume"), check=True, env=environment, stdout=subprocess.DEVNULL)
+        assert curve(out) == curve(untouched), "the curve is not the one of an uninterrupted run"
+        series += 1
+    print(f"{landed} kills in {series} runs; every resume succeeded and every curve is the uninterrupted one")
+    return landed
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        text = (ROOT / "mamba.py").read_text() * 3
+        (Path(folder) / "corpus.txt").write_text(text)
+        kill_loop(int(sys.argv[1]), Path(folder) / "corpus.txt", Path(folder))
