@@ -559,34 +559,33 @@ def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
 
 
 MEASURED = """
-import argparse, resource, sys, torch, numpy as np
+import argparse, itertools, sys, torch, numpy as np
 import train
 from mamba import Mamba, MambaConfig
-now = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-config = MambaConfig(vocab_size=2000, d_model=256, n_layer=int(sys.argv[1]), initializer_range=0.02)
-args = argparse.Namespace(device=torch.device("cpu"), micro_batch=16, checkpoint_activations=sys.argv[2] == "with", compile=False)
-rng, tokenizer = np.random.default_rng(0), train.byte_tokenizer()
-def step(trainer, rows, length):
-    trainer.loss([rng.integers(0, 2000, length + 1) for _ in range(rows)], length).backward()
-    trainer.adam.step()
-    trainer.adam.zero_grad()
-# A first, smaller one, so that code and thread pools are loaded before the count begins.
-step(train.Trainer(args, train.Recipe(), Mamba(MambaConfig(vocab_size=2000, d_model=32, n_layer=1)), tokenizer, {}), 1, 32)
-before = now()
-trainer = train.Trainer(args, train.Recipe(), Mamba(config), tokenizer, {})
-for _ in range(2):
-    step(trainer, 4, 256)
+layers, kind = int(sys.argv[1]), sys.argv[2]
+config = MambaConfig(vocab_size=2000, d_model=256, n_layer=layers, initializer_range=0.02)
+args = argparse.Namespace(device=torch.device("cpu"), micro_batch=16, checkpoint_activations=kind == "with",
+                          compile=False)
+rng = np.random.default_rng(0)
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+    trainer = train.Trainer(args, train.Recipe(), Mamba(config), train.byte_tokenizer(), {})
+    for _ in range(2):
+        trainer.loss([rng.integers(0, 2000, 257) for _ in range(4)], 256).backward()
+        trainer.adam.step()
+        trainer.adam.zero_grad()
+moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+moves = sorted(moves, key=lambda e: e.start_ns())
 fixed, rows = train.memory(config, 1, torch.float32)
-print(sum(fixed.values()) + 4 * 256 * rows[sys.argv[2]], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(sum(fixed.values()) + 4 * 256 * rows[kind], max(itertools.accumulate(e.nbytes() for e in moves)))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("layers, kind", [(4, "without"), (8, "with")])
 def test_the_plans_memory_is_what_a_step_takes(layers, kind):
+    """Measured by PyTorch's allocator: what the process holds besides depends on the machine."""
     out = subprocess.run([sys.executable, "-c", MEASURED, str(layers), kind], cwd=Path(train.__file__).parent,
-                         env=ONE_THREAD | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
+                         env=ONE_THREAD, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     planned, measured = map(float, out.stdout.split())
     print(f"{kind}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert 0.75 < measured / planned < 1.15     # a plan may ask for too much, hardly for too little
+    assert 0.75 < measured / planned < 1.05     # a plan may ask for too much, hardly for too little
