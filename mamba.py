@@ -309,9 +309,10 @@ class Mamba(nn.Module):
             model.lm_head.weight = model.backbone.embeddings.weight
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write config.json and safetensors that transformers loads as they are; all of it or nothing.
 
+        `tensors` are its own unless given, as train.py does when they are spread over many GPUs.
         CheckpointError if it cannot be written; what the folder held before is then still there.
         """
         folder = Path(folder)
@@ -319,7 +320,7 @@ class Mamba(nn.Module):
         try:
             shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
             new.mkdir(parents=True)
-            tensors = {name: p.detach() for name, p in self.named_parameters()}     # tied weights appear once
+            tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # tied ones appear once
             huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
             self.config.to_json(new / "config.json")
             old = {p.name for p in folder.glob("model*.safetensors*")}

@@ -14,13 +14,10 @@ The recipe (report, arXiv 2410.05355, section 3; what it does not give is marked
   - the batch grows linearly at first, and the learning rate follows its square root ("BatchScaling"): Adam's
     steps are then equally noisy throughout, as their noise goes with lr / sqrt(batch);
   - context and sources change in stages; documents are packed end to end, and none sees another.
-All of it is a pure function of the tokens seen, and so is each batch: which rows a step reads depends on the
-seed and the tokens before it, never on the number of GPUs, the micro-batch or a restart. A run can stop
-anywhere, go on elsewhere, and draw the same loss curve. The engine is PyTorch's own: torchrun starts the
-processes, fully_shard (ZeRO) divides weights, gradients and Adam's averages among them, and
-torch.distributed.checkpoint saves them.
-
-Sizes in the shape comments: b batch, l length, m d_model.
+All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the number of
+GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss curve. The
+engine is PyTorch's own: torchrun starts the processes, fully_shard (ZeRO) divides weights, gradients and Adam's
+averages among them, and torch.distributed.checkpoint saves them. Shape comments: b batch, l length, m d_model.
 """
 import argparse
 import hashlib
@@ -39,8 +36,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from itertools import pairwise
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +56,7 @@ from tqdm import tqdm
 
 import sample
 from mamba import Block, CheckpointError, Mamba, MambaConfig, find
+from scan import default_backend
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
@@ -71,13 +69,13 @@ def flag(default, help, low=0, high=2**60):
 @dataclass(frozen=True)
 class Recipe:
     """One training run; lengths are in tokens. The defaults are our choice: three minutes on two CPU cores."""
-    total_tokens: int = flag(900_000, "the whole run", 1)
+    total_tokens: int = flag(900_000, "the whole run; its phases and stages, unless given, scale with it", 1)
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
     ramp_tokens: int = flag(150_000, "batch size from its start to its end")
     decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")
     batch_start: int = flag(4, "sequences in the first step", 1, 2**20)
     batch_end: int = flag(16, "sequences in a step after the ramp", 1, 2**20)
-    stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,2500000,4000000")
+    stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,400000")
     context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
     mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one text a stage")
     lr: float = flag(4e-3, "the learning rate's peak")
@@ -95,12 +93,11 @@ class Recipe:
         for name, values in {"context": self.context, "mixture": self.mixture}.items():
             if len(values) not in (1, len(self.stages)):
                 raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
+        if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
+            raise ValueError(f"--total-tokens {self.total_tokens} has no room for --warmup-tokens {self.warmup_tokens}, "
+                             f"--ramp-tokens {self.ramp_tokens} and then --decay-tokens {self.decay_tokens}")
         for start in self.stages:
             mixture(self, start)
-        if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
-            raise ValueError(f"--total-tokens {self.total_tokens} is too few for --warmup-tokens "
-                             f"{self.warmup_tokens} or --ramp-tokens {self.ramp_tokens}, and then --decay-tokens "
-                             f"{self.decay_tokens}")
 
 
 def batch_size(recipe: Recipe, tokens: int) -> int:
@@ -115,14 +112,6 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
     since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
     return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
-
-
-def scaled(recipe: Recipe, total: int) -> Recipe:
-    """The same recipe over another number of tokens: each phase keeps its share."""
-    lengths = {name: getattr(recipe, name) * total // recipe.total_tokens
-               for name in ("warmup_tokens", "ramp_tokens", "decay_tokens")}
-    stages = tuple(start * total // recipe.total_tokens for start in recipe.stages)
-    return replace(recipe, total_tokens=total, stages=stages, **lengths)
 
 
 def stage(recipe: Recipe, tokens: int) -> int:
@@ -144,6 +133,13 @@ def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
         raise ValueError(f"--mixture has {text!r}, but needs name:share, with shares above 0") from None
 
 
+def scaled(recipe: Recipe, total: int) -> Recipe:
+    """The same recipe over another number of tokens: each phase and stage keeps its part of the whole."""
+    part = {name: getattr(recipe, name) * total // recipe.total_tokens
+            for name in ("total_tokens", "warmup_tokens", "ramp_tokens", "decay_tokens")}
+    return replace(recipe, **part, stages=tuple(start * total // recipe.total_tokens for start in recipe.stages))
+
+
 RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": Recipe(
     total_tokens=5500 * GT,             # model card: "~ 5,500 GT"
     warmup_tokens=GT // 2,              # our choice; the report only says that it is short
@@ -157,28 +153,23 @@ RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": Recipe(
     clip=1.0,                           # our choice, never published
     context=(2048, 4096, 8192, 8192),   # report: 2048 -> 4096 -> 8192. When each begins is our choice:
     stages=(0, 2500 * GT, 4000 * GT, 5000 * GT),
-    # Report: mostly RefinedWeb, with more technical text, code and math in later stages, and FineWeb-Edu in
-    # the decay. The shares are our choice, never published.
+    # Report: mostly RefinedWeb, with more technical text, code and math in later stages, and FineWeb-Edu in the decay.
+    # The shares are our choice, never published.
     mixture=("refinedweb:90 technical:4 code:4 math:2", "refinedweb:82 technical:7 code:7 math:4",
-             "refinedweb:74 technical:10 code:10 math:6",
-             "refinedweb:45 finewebedu:25 technical:10 code:12 math:8"))}
-# The pre-decay checkpoint is the model before that decay. Its optimizer was not published: warm up again.
+             "refinedweb:74 technical:10 code:10 math:6", "refinedweb:45 finewebedu:25 technical:10 code:12 math:8"))}
+# The pre-decay checkpoint is the model before that decay. Its optimizer was not published: warm up again, for 2 GT.
 RECIPES["continue"] = replace(
-    RECIPES["falcon-mamba-7b"], init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT,
-    warmup_tokens=2 * GT, ramp_tokens=0, stages=(0,), context=(8192,),              # 2 GT: our choice
-    mixture=RECIPES["falcon-mamba-7b"].mixture[-1:])
+    RECIPES["falcon-mamba-7b"], init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT, stages=(0,),
+    warmup_tokens=2 * GT, ramp_tokens=0, context=(8192,), mixture=RECIPES["falcon-mamba-7b"].mixture[-1:])
 # Our choice: it learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width.
 SIZES = {"tiny": {"d_model": 128, "n_layer": 4, "initializer_range": 0.02},
          "falcon-mamba-7b": {"vocab_size": 65024}, "continue": {"vocab_size": 65024}}
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Token i is byte i; token 256 ends a document."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # ByteLevel writes every byte as one visible character: these as themselves, the others as U+0100 and on.
-    others = [byte for byte in range(256) if byte not in printable]
-    names = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[]))
+    """One token a byte, which ByteLevel writes as a visible character; token 256 ends a document."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END])
@@ -188,8 +179,13 @@ def byte_tokenizer() -> Tokenizer:
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has at hand."""
     root = Path(sysconfig.get_path("stdlib"))
-    others = {"site-packages", "test", "tests"}
-    return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
+    return [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*p.relative_to(root).parts}]
+
+
+@lru_cache(maxsize=256)
+def order(n: int, *key: int) -> np.ndarray:
+    """The numbers below n in an order that the key fixes."""
+    return np.random.default_rng(key).permutation(n)
 
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
@@ -197,17 +193,15 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np
     files = []
     for path in paths:          # in a folder lie pipes and dangling links too
         files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    kind = np.uint16 if sample.vocabulary(tokenizer) <= 2**16 else np.uint32
-    for i in range(len(files)):
-        path = files[shuffled(i, len(files), (seed, "files"))]
+    for i in order(len(files), seed):
         try:
-            with path.open(encoding="utf-8") as file:
+            with files[i].open(encoding="utf-8") as file:
                 while lines := file.readlines(2**20):
                     pieces = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)
-                    yield np.array(pieces[0].ids, kind)
-                yield np.array([tokenizer.token_to_id(END)], kind)
+                    yield np.array(pieces[0].ids, np.uint32)
+            yield np.array([tokenizer.token_to_id(END)], np.uint32)
         except UnicodeDecodeError:
-            print(f"skipping {path} from where it is not UTF-8 text", file=sys.stderr)
+            print(f"skipping {files[i]} from where it is not UTF-8 text", file=sys.stderr)
 
 
 class Source:
@@ -215,11 +209,12 @@ class Source:
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
         self.name, self.bin = name, paths[0] if paths[0].suffix == ".bin" else None
+        if self.bin and len(paths) > 1:
+            raise ValueError(f"the source {name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
             tokens = np.memmap(self.bin, np.uint16, "r")
-        else:
-            # More than the run reads, so that the held-out end has many documents.
-            parts, wanted = [np.zeros(0, np.uint16)], recipe.total_tokens * 4
+        else:                               # more than the run reads, so that the held-out end has many documents
+            parts, wanted = [np.zeros(0, np.uint32)], recipe.total_tokens * 4
             for part in tokenized(paths, tokenizer, recipe.seed):
                 parts.append(part)
                 wanted -= len(part)
@@ -231,38 +226,18 @@ class Source:
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
         cut += int(ends[0]) + 1 if len(ends) else 0         # from the first document that begins there
         self.parts = {"training": tokens[:cut], "held out": tokens[cut:]}
-        for part in self.parts:
-            self.rows(part, max(recipe.context))
+        for part, found in self.parts.items():
+            if len(found) <= max(recipe.context):           # a row needs the token after it too
+                raise ValueError(f"of {name} the part {part} has {len(found)} tokens, too few for a row of "
+                                 f"--context {max(recipe.context)}; give it more text, or a smaller --context")
 
     def rows(self, part: str, length: int) -> int:
-        """How many rows of `length` tokens, each with the one after it, a part has."""
-        count = (len(self.parts[part]) - 1) // length
-        if count < 1:
-            raise ValueError(f"of {self.name} the part {part} has {len(self.parts[part])} tokens, fewer than a "
-                             f"row of --context {length}; give it more text, or a smaller --context")
-        return count
+        return (len(self.parts[part]) - 1) // length
 
     def row(self, part: str, i: int, length: int) -> np.ndarray:
-        if self.bin and self.bin.stat().st_size // 2 != self.size:
+        if self.bin and self.bin.stat().st_size // 2 != self.size:      # reading what is gone would kill the process
             raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
         return self.parts[part][i * length:(i + 1) * length + 1]
-
-
-def shuffled(k: int, n: int, key: tuple) -> int:
-    """Where a shuffle of range(n), another for each key, puts k. It keeps no table, so n may be billions.
-
-    A Feistel network permutes 2^(2 half) numbers, whatever its rounds compute. What lands at n or beyond goes
-    round again: Black & Rogaway, Ciphers with Arbitrary Finite Domains (2002), section 3.
-    """
-    half = max((n - 1).bit_length() + 1, 2) // 2
-    while True:
-        left, right = k >> half, k % 2**half
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest, "big") % 2**half
-        k = left * 2**half + right
-        if k < n:
-            return k
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
@@ -270,22 +245,23 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
 
     Each thousand rows hold the sources in exactly their shares, in shuffled order.
     """
-    now, length = stage(recipe, tokens), context_length(recipe, tokens)
+    now, length, shares = stage(recipe, tokens), context_length(recipe, tokens), mixture(recipe, tokens)
     block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
-    slot, end = shuffled(slot, 1000, (recipe.seed, now, block)), 0.0
-    for name, share in mixture(recipe, tokens).items():
-        start, end = round(1000 * end), end + share
-        if slot < round(1000 * end):
-            break
+    slot = int(order(1000, recipe.seed, now, block)[slot])
+    ends = [round(1000 * share) for share in accumulate(shares.values(), initial=0)]
+    k = bisect_right(ends, slot) - 1
+    name = [*shares][k]
     earlier = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
-    return name, int(earlier // length) + block * (round(1000 * end) - start) + slot - start
+    return name, int(earlier // length) + block * (ends[k + 1] - ends[k]) + slot - ends[k]
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). A source is read in shuffled order, then again in another."""
-    (name, before), length = place(recipe, tokens, i), context_length(recipe, tokens)
-    count = sources[name].rows("training", length)
-    k = shuffled(before % count, count, (recipe.seed, name, before // count))
+    """Row i of that step, (l + 1,). A source is read in shuffled order, a million rows at a time, then in another."""
+    (name, before), length, million = place(recipe, tokens, i), context_length(recipe, tokens), 2**20
+    rows = sources[name].rows("training", length)
+    again, k = divmod(before, rows)
+    first = k - k % million
+    k = first + int(order(min(million, rows - first), recipe.seed, *name.encode(), again, first)[k - first])
     return sources[name].row("training", k, length)
 
 
@@ -304,8 +280,8 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """-log p(target) in nats, summed over (b, l); a target of -100 counts for nothing.
 
-        Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the
-        largest tensor of the run, 2 GB for one row of the 7B.
+        Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the largest
+        tensor of the run, 2 GB for one row of the 7B.
         """
         hidden, _ = self.model.backbone(tokens, self.model.blank_state(len(tokens)), starts)    # (b, l, m)
         pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
@@ -318,15 +294,14 @@ class Objective(nn.Module):
 def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> None:
     """Leave each rank its part of every tensor, in fp32. A block is gathered when it runs and let go after.
 
-    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
-    and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
-    of steps, D, the convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
+    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small and exact,
+    and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands of steps, D, the
+    convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in objective.model.backbone.layers:
-        products = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]
-        fully_shard(products, mesh=mesh, mp_policy=policy)
+        fully_shard([block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj], mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh, mp_policy=policy)     # the embeddings, norm_f and lm_head
 
@@ -334,14 +309,12 @@ def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays the matrices of linear and embedding layers, and nothing else.
 
-    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A
-    rule by the number of dimensions would decay A_log and the convolution too.
+    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A rule by
+    the number of dimensions would decay A_log and the convolution too.
     """
-    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
-    matrices = list(dict.fromkeys(matrices))        # a tied lm_head is the embedding
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay},
-              {"params": others, "weight_decay": 0}]
+    matrices = {m.weight: None for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}    # a tied one once
+    groups = [{"params": [*matrices], "weight_decay": recipe.weight_decay},
+              {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
@@ -358,7 +331,7 @@ def new_file(path: Path):
     """A file to write, which takes its name when the block ends well, and else leaves no trace."""
     new = path.with_name(path.name + ".partial")
     try:
-        with new.open("w", encoding="utf-8") as file:
+        with new.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -372,14 +345,12 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
-# PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. Its writer of
-# safetensors needs none: each rank's file says in JSON which part of each tensor it holds. Any number of
-# ranks can read what any other number wrote.
-
 class Writer(dcp.HuggingFaceStorageWriter):
     """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name.
 
-    Ranks on several machines need an `out` on a disk that they share.
+    PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. This writer needs none:
+    each rank's safetensors say in JSON which part of each tensor they hold, for any number of ranks to read. Ranks on
+    several machines need an `out` on a disk that they share.
     """
 
     def __init__(self, out: Path, about: dict, keep: int):
@@ -389,7 +360,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
 
     def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
         with new_file(self.path / "run.json") as file:
-            file.write(json.dumps(self.about, indent=1))
+            file.write(json.dumps(self.about, indent=1).encode())
         os.replace(self.path, self.folder)
         for old in checkpoints(self.out)[:-self.keep]:
             shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
@@ -445,8 +416,7 @@ class Trainer:
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
         passes = self.passes(size)
         for numbers in passes:
-            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None
-                    for i in numbers]
+            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None for i in numbers]
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(numbers is passes[-1])
             loss = self.loss(rows, length)
@@ -464,24 +434,21 @@ class Trainer:
         self.adam.step()
         self.adam.zero_grad()
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
-                "context": length, "grad_norm": norm,
-                "tokens_per_s": size * length / (time.perf_counter() - begin)}
+                "context": length, "grad_norm": norm, "tokens_per_s": size * length / (time.perf_counter() - begin)}
 
     @torch.no_grad()
     def held_out(self, length: int) -> dict[str, tuple[float, float]]:
         """Source -> its loss in nats per token and in bits per byte, on up to 128 held-out rows."""
         losses = {}
         for name, source in self.sources.items():
-            whole, nats, size = source.rows("held out", length), 0.0, 0
-            count = min(whole, 128)
-            for numbers in self.passes(count):
-                rows = [source.row("held out", shuffled(int(i), whole, (name,)), length) if i < count
-                        else None for i in numbers]
+            chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
+            for numbers in self.passes(len(chosen)):
+                rows = [source.row("held out", chosen[i], length) if i < len(chosen) else None for i in numbers]
                 nats += self.loss(rows, length).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats, size)
-            losses[name] = nats / (count * length), nats / math.log(2) / max(size, 1)
+            losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
         return losses
 
     def state(self) -> dict[str, Tensor]:
@@ -506,17 +473,12 @@ class Trainer:
         for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
             p = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
             if self.rank == 0:
-                whole[name] = p.cpu().clone()
+                whole[name] = p.cpu().clone()               # what is gathered is part of a larger buffer
         if self.rank == 0:
-            with torch.device("meta"):
-                copy = Mamba(self.model.config)
-            copy.load_state_dict(whole, strict=False, assign=True)      # a tied lm_head is not in it
-            if self.model.config.tie_embeddings:
-                copy.lm_head.weight = copy.backbone.embeddings.weight
             with new_file(self.args.out / "tokenizer.json") as file:
-                file.write(self.tokenizer.to_str())
+                file.write(self.tokenizer.to_str().encode())
                 file.flush()
-                copy.save_pretrained(self.args.out)
+                self.model.save_pretrained(self.args.out, whole)
 
     def wait(self) -> None:
         """Until the last checkpoint is written. Raises what went wrong with it."""
@@ -538,7 +500,7 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
-        args, metrics, stopping = self.args, self.args.out / "metrics.jsonl", []
+        args, metrics, stopping, stop = self.args, self.args.out / "metrics.jsonl", [], False
 
         def on_signal(number, frame):
             stopping.append(number)
@@ -546,27 +508,23 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         if self.rank == 0:      # keep the rows up to the checkpoint; a killed run has gone on from there
-            rows = metrics.read_text().splitlines(keepends=True)[:self.step] if self.step else []
+            rows = metrics.read_bytes().splitlines(keepends=True)[:self.step] if self.step else []
             with new_file(metrics) as file:
                 file.writelines(rows)
-        flops, peak = flops_per_token(self.model.config), 0
-        if args.device.type == "cuda":
-            name = torch.cuda.get_device_name(args.device)
-            peak = self.world * next((PEAKS[gpu] for gpu in PEAKS if gpu in name), 0)
-        stop = False
+        gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
+        peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
         with tqdm(total=self.recipe.total_tokens, initial=self.tokens, unit="tok", unit_scale=True,
                   disable=self.rank > 0 or not sys.stderr.isatty()) as bar:
             while self.tokens < self.recipe.total_tokens and not stop:
                 row = self.update()
                 stop, end = over_ranks(len(stopping))[0] > 0, self.tokens >= self.recipe.total_tokens
-                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
-                        "batch {batch_size} | {tokens_per_s:.0f} tok/s").format(**row)
+                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | batch {batch_size} | "
+                        "{tokens_per_s:.0f} tok/s").format(**row)
                 if peak:
-                    line += f" | {row['tokens_per_s'] * flops / peak:.0%} MFU"
+                    line += f" | {row['tokens_per_s'] * flops_per_token(self.model.config) / peak:.0%} MFU"
                 if self.step % args.eval_every == 0 or end:
-                    losses = self.held_out(row["context"])
-                    row["held_out"] = {name: nats for name, (nats, _) in losses.items()}
-                    line += "".join(f" | held-out {name} {nats:.4f}" for name, (nats, _) in losses.items())
+                    row["held_out"] = {name: nats for name, (nats, _) in self.held_out(row["context"]).items()}
+                    line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in row["held_out"].items())
                 if self.rank == 0:
                     tqdm.write(line)
                     bar.update(row["batch_size"] * row["context"])
@@ -603,10 +561,7 @@ def flops_per_token(config: MambaConfig) -> float:
 
 
 def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
-    """Bytes a token that autograd keeps for a block's backward pass, told by the block itself.
-
-    It runs on the meta device, where tensors have no memory, with scan.py's chunked scan.
-    """
+    """Bytes a token that a block keeps for its backward pass, told by the block itself on the meta device."""
     kept, length = {}, 256
 
     def keep(tensor):
@@ -617,9 +572,8 @@ def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
         block(torch.empty(1, length, config.d_model, requires_grad=True),
               torch.empty(1, config.d_conv - 1, config.d_inner, dtype=dtype),
               torch.empty(1, config.d_inner, config.d_state), torch.empty(1, length, dtype=torch.bool))
-    for p in block.parameters():
-        kept.pop(p.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / length
+    weights = {p.untyped_storage()._cdata for p in block.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / length
 
 
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
@@ -644,31 +598,29 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
     """Print the whole run and draw its schedule."""
     decay, world, tokens, steps = recipe.total_tokens - recipe.decay_tokens, args.world_size, 0, 0
     marks = {0, recipe.warmup_tokens, recipe.ramp_tokens, *recipe.stages, decay, recipe.total_tokens}
-    print(f"{'phase':8}{'tokens':>9}{'to':>9}{'steps':>9}{'context':>9}{'batch':>14}{'learning rate':>22}"
-          f"{'lr / sqrt(batch)':>22}  mixture")
-    for a, b in pairwise(sorted(mark for mark in marks if 0 <= mark <= recipe.total_tokens)):
-        phases = {"warmup": a < recipe.warmup_tokens, "ramp": a < recipe.ramp_tokens, "decay": a >= decay}
+    print("phase      tokens       to     steps  context         batch         learning rate"
+          "      lr / sqrt(batch)  mixture")
+    for a, b in pairwise(sorted(mark for mark in marks if mark <= recipe.total_tokens)):
+        phase = ("warmup" if a < recipe.warmup_tokens else "ramp" if a < recipe.ramp_tokens else
+                 "decay" if a >= decay else "stable")
         before = steps
         while tokens < b:
             tokens, steps = tokens + batch_size(recipe, tokens) * context_length(recipe, tokens), steps + 1
-        size, rate = [batch_size(recipe, t) for t in (a, b)], [learning_rate(recipe, t) for t in (a, b)]
-        print(f"{next((phase for phase, on in phases.items() if on), 'stable'):8}{a:9.4g}{b:9.4g}"
-              f"{steps - before:9,}{context_length(recipe, a):9}{f'{size[0]} -> {size[1]}':>14}"
-              f"{f'{rate[0]:.2e} -> {rate[1]:.2e}':>22}"
-              f"{f'{rate[0] / size[0]**.5:.2e} -> {rate[1] / size[1]**.5:.2e}':>22}  "
+        (n, m), (lr, after) = ([f(recipe, t) for t in (a, b)] for f in (batch_size, learning_rate))
+        print(f"{phase:8}{a:9.4g}{b:9.4g}{steps - before:10,}{context_length(recipe, a):9}{n:6} -> {m:4}"
+              f"{lr:10.2e} -> {after:.2e}{lr / n**.5:10.2e} -> {after / m**.5:.2e}  "
               + " ".join(f"{name} {share:.0%}" for name, share in mixture(recipe, a).items()))
     flops = flops_per_token(config) * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
-    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
-          f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}"
-          f"\n\nmemory of each GPU in GB, with fp32 weights and bf16 products:")
+    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on {world} H100 "
+          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}"
+          "\n\nmemory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
-    for name, size in {**fixed, "together": sum(fixed.values())}.items():
-        print(f"  {name:40}{size / 1e9:8.2f}")
     with torch.device("meta"):
         whole = 4 * sum(p.numel() for p in Mamba(config).parameters())
-    print(f"  {'and, if a step takes several passes, whole gradients':40}{whole / 1e9:8.2f}\n")
+    for name, size in {**fixed, "together": sum(fixed.values()), "and in several passes, whole gradients": whole}.items():
+        print(f"  {name:40}{size / 1e9:8.2f}")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
             free = 80e9 - sum(fixed.values())
@@ -677,26 +629,22 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
                   f"80 GB hold --micro-batch {one}, in several passes {more}")
     args.out.mkdir(parents=True, exist_ok=True)
     x = [recipe.total_tokens * i // 1000 for i in range(1001)]
-    picture(args.out / "plan.png", x, {title: [function(recipe, t) for t in x] for title, function in {
-        "learning rate": learning_rate, "batch": batch_size, "context": context_length}.items()})
+    picture(args.out / "plan.png", x, {f.__name__.replace("_", " "): [f(recipe, t) for t in x]
+                                       for f in (learning_rate, batch_size, context_length)})
 
 
 def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
     """What the --data flags name, and the recipe with the shares that they give."""
     paths, shares = {}, {}
     for text in texts:
-        name, path, share = re.fullmatch(r"(?:([\w-]+)=)?(.*?)(?::([\d.]+))?", text, re.DOTALL).groups()
-        if name is None:
-            name, path, share = "text", text, None          # paths without a name are one source
-        elif name in paths:
-            raise ValueError(f"--data has {name} twice, {paths[name][0]} and {path}; each needs its own name")
+        named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
+        name, path, share = named.groups() if named else ("text", text, None)   # paths without a name are one source
         if not Path(path).exists():
             raise ValueError(f"there is no {path}, which --data names")
         paths.setdefault(name, []).append(Path(path))
         shares |= {name: share} if share else {}
     paths = paths or {"text": standard_library()}
-    if len(paths) == 1:
-        shares = dict.fromkeys(paths, 1)
+    shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
     wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
     if shares.keys() == paths.keys():
         recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
@@ -708,36 +656,50 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
 
 def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
     """A corpus as a file of uint16 tokens, which training maps into memory."""
-    if sample.vocabulary(tokenizer) > 2**16:
-        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {sample.vocabulary(tokenizer)}")
-    count = 0
+    if (size := sample.vocabulary(tokenizer)) > 2**16:
+        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
     with new_file(path) as file:
         for part in tokenized(paths, tokenizer, seed):
-            file.buffer.write(part.tobytes())
-            count += len(part)
-    print(f"{path}: {count:,} tokens")
+            file.write(part.astype(np.uint16).tobytes())
+    print(f"{path}: {path.stat().st_size // 2:,} tokens")
 
 
-def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
-    paths, recipe = named_data(args.data or [], recipe)
-    source = recipe.init_from or (args.out if args.eval_only else None)
-    folder = find(source) if source else None
-    path = args.tokenizer or (folder / "tokenizer.json" if folder else None)
+def open_tokenizer(path: Path | None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
     except Exception as e:      # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    vocabulary, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
-    if end is None:
+    if tokenizer.token_to_id(END) is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")
+    return tokenizer
+
+
+def prepare(out: Path) -> None:
+    """Make the folder. What cannot be written there is found out now, not after the training."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
+    for left in (out / "checkpoints").glob("*.partial"):       # by a run that was killed
+        shutil.rmtree(left)
+
+
+def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
+    paths, recipe = named_data(args.data or [], recipe)
+    source = recipe.init_from or (args.out if args.eval_only else None)
+    folder = find(source) if source else None
+    tokenizer = open_tokenizer(args.tokenizer or (folder / "tokenizer.json" if folder else None))
+    vocabulary, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
     if args.tokenize_to:
         return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
     done = [] if args.eval_only else checkpoints(args.out)
     if done and not args.resume:
-        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
-                         "another --out begins a new one")
+        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, another --out "
+                         "begins a new one")
     torch.manual_seed(recipe.seed)
     if folder:      # to look at a model its own dtype will do; to train or divide it, all weights are fp32
         dtype = None if args.eval_only and not dist.is_initialized() else torch.float32
@@ -745,29 +707,20 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     else:
         model = Mamba(MambaConfig(**{"vocab_size": vocabulary, "eos_token_id": end} | sizes))
     if vocabulary > model.config.vocab_size:
-        raise ValueError(f"{path or 'the byte tokenizer'} has {vocabulary} tokens, but the model only "
+        raise ValueError(f"{args.tokenizer or 'the tokenizer'} has {vocabulary} tokens, but the model only "
                          f"{model.config.vocab_size}; give the tokenizer that belongs to it")
     sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     if done:
         trainer.resume(done[-1])
-    if trainer.rank == 0 and not args.eval_only:        # what cannot be written is found out now
-        (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out):
-            pass
-        for name in ("tokenizer.json", "config.json", "model.safetensors"):
-            if (args.out / name).is_dir():
-                raise ValueError(f"{args.out / name} is a folder, where the model's file of that name belongs")
-        for left in (args.out / "checkpoints").glob("*.partial"):       # by a run that was killed
-            shutil.rmtree(left)
+    if trainer.rank == 0 and not args.eval_only:
+        prepare(args.out)
     say = print if trainer.rank == 0 else lambda *_: None
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(source.size for source in sources.values()):,} tokens of text, "
-        f"{trainer.world} x {args.device}, scan: chunked\n{recipe}\n{model.config}")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(s.size for s in sources.values()):,} tokens of "
+        f"text, {trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
-            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
-                f"{bits:.4f} bits per byte")
+            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, {bits:.4f} bits per byte")
         return
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
@@ -788,16 +741,17 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
 @dataclass
 class Options:
     """How a run is run. None of it changes a loss."""
-    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
-                           "name=path:share; repeat for more (else the sources of Python's standard library)")
+    recipe: str = flag("tiny", f"gives the defaults: {', '.join(RECIPES)}")
+    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or name=path:share; repeat "
+                           "for more (else the sources of Python's standard library)")
     out: Path = flag(Path("out"), "folder for all results")
     tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
     tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
     resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
     eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
     plan: bool = flag(False, "only print the run's steps, rates, days and memory")
-    world_size: int = flag(1, "GPUs, for that plan", 1)
-    mfu: float = flag(0.18, "the part of the GPUs' peak that training reaches, for that plan", 1e-3)
+    world_size: int = flag(1, "GPUs, for that plan", 1, 2**20)
+    mfu: float = flag(0.18, "the part of the GPUs' peak that training reaches, for that plan", 1e-3, 1)
     micro_batch: int = flag(16, "sequences that a GPU runs at a time", 1)
     checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
     compile: bool = flag(False, "torch.compile the blocks")
@@ -817,34 +771,28 @@ def value(kind: type, low: float = 0, high: float = 2**60):
 
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=RECIPES, default="tiny", help="gives the defaults (itself tiny)")
-    first.add_argument("--total-tokens", type=value(int, 1), metavar="X",
-                       help="the whole run (default the recipe's); its phases, unless given, scale with it")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)     # two flags set the others' defaults
+    first.add_argument("--recipe", choices=RECIPES, default="tiny")
+    first.add_argument("--total-tokens", type=value(int, 1))
     given = first.parse_known_args(arguments)[0]
-    name = given.recipe
-    recipe = scaled(RECIPES[name], given.total_tokens or RECIPES[name].total_tokens)
-    parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", parents=[first], allow_abbrev=False)
-    for cls, given in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, SIZES[name]):
+    recipe = scaled(RECIPES[given.recipe], given.total_tokens or RECIPES[given.recipe].total_tokens)
+    parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
+    # A model's fields stay None unless given, as --init-from brings its own.
+    for cls, values in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, {f.name: None for f in fields(MambaConfig)}):
         for f in fields(cls):
-            if f.name == "total_tokens":
-                continue
-            shown = given.get(f.name, f.default)
+            default = values.get(f.name, f.default)
+            shown = default if cls is not MambaConfig else SIZES[given.recipe].get(f.name, f.default)
             shown = ",".join(map(str, shown)) if type(shown) is tuple else shown
+            help = f.metadata.get("help", "of a fresh model") + f" (default {shown})" * (shown not in ("", None))
             kind = {"type": value(f.type, *[*f.metadata.values()][1:]), "metavar": "X"}
             kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
             kind |= {"action": "append"} if f.name == "data" else {}
-            # A model's fields stay None unless given, as --init-from brings its own.
-            kind["default"] = None if cls is MambaConfig else given.get(f.name, f.default)
-            help = f.metadata.get("help", "of a fresh model")
-            help += f" (default {shown})" * (shown not in ("", None))
-            parser.add_argument("--" + f.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
+            parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=help.replace("%", "%%"), **kind)
     args = parser.parse_args(arguments)
     sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
     if sizes and args.init_from:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
-    args.total_tokens = recipe.total_tokens
-    return args, Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}), SIZES[name] | sizes
+    return args, Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}), SIZES[given.recipe] | sizes
 
 
 def main() -> None:

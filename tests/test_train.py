@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
 import train
 from kill_loop import SMALL, command, curve, kill_loop
 from mamba import Mamba, MambaConfig
 from train import (RECIPES, Objective, Recipe, Source, Trainer, batch_size, byte_tokenizer, context_length,
-                   flops_per_token, learning_rate, memory, mixture, optimizer, place, shuffled, training_row)
+                   flops_per_token, learning_rate, memory, mixture, optimizer, place, training_row)
 
 SEVEN, GT = RECIPES["falcon-mamba-7b"], 10**9
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -136,15 +135,19 @@ def test_every_field_of_recipe_and_model_is_a_flag_and_unknown_flags_fail(traine
 
 # The data
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3000), st.integers())
-def test_shuffling_without_a_table_is_a_permutation(n, key):
-    assert sorted(shuffled(k, n, (key,)) for k in range(n)) == list(range(n))
+def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch):
+    monkeypatch.setattr(train, "place", lambda recipe, tokens, i: ("text", i))
+    tokens = np.arange(3 * 2**20 // 2 * 2 + 1)
 
-
-def test_shuffling_mixes_and_depends_on_its_key():
-    a, b = ([shuffled(k, 1000, (key,)) for k in range(1000)] for key in (0, 1))
-    assert abs(np.corrcoef(a, range(1000))[0, 1]) < 0.15 and abs(np.corrcoef(a, b)[0, 1]) < 0.15
+    class Whole:
+        rows, row = (lambda self, part, length: len(tokens) // 2), (lambda self, part, i, length: i)
+    read = lambda a, b: [training_row(replace(Recipe(), context=(2,)), {"text": Whole()}, 0, i) for i in range(a, b)]
+    count = len(tokens) // 2
+    once = read(0, count)
+    assert sorted(once) == list(range(count))
+    again = read(count, count + 5000)
+    assert len({*again}) == 5000 and np.array_equal(again, read(count, count + 5000))
+    assert abs(np.corrcoef(once[:5000], range(5000))[0, 1]) < 0.1 and abs(np.corrcoef(once[:5000], again)[0, 1]) < 0.1
 
 
 def test_a_run_reads_every_row_of_a_source_once_before_any_twice_and_keeps_the_shares():
