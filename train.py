@@ -14,10 +14,12 @@ The recipe (report, arXiv 2410.05355, section 3; what it does not give is marked
   - the batch grows linearly at first, and the learning rate follows its square root ("BatchScaling"): Adam's
     steps are then equally noisy throughout, as their noise goes with lr / sqrt(batch);
   - context and sources change in stages; documents are packed end to end, and none sees another.
-All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the number of
-GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss curve. The
-engine is PyTorch's own: torchrun starts the processes, fully_shard (ZeRO) divides weights, gradients and Adam's
-averages among them, and torch.distributed.checkpoint saves them. Shape comments: b batch, l length, m d_model.
+All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the
+number of GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss
+curve. The engine is PyTorch's own: torchrun starts the processes, fully_shard (ZeRO) divides weights,
+gradients and Adam's averages among them, and torch.distributed.checkpoint saves them.
+
+Sizes in the shape comments: b batch, l length, m d_model.
 """
 import argparse
 import hashlib
@@ -68,7 +70,7 @@ def flag(default, help, low=0, high=2**60):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run; lengths are in tokens. The defaults are our choice: three minutes on two CPU cores."""
+    """One training run; lengths are in tokens. The defaults are ours: three minutes on two CPU cores."""
     total_tokens: int = flag(900_000, "the whole run; its phases and stages, unless given, scale with it", 1)
     warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
     ramp_tokens: int = flag(150_000, "batch size from its start to its end")
@@ -94,8 +96,9 @@ class Recipe:
             if len(values) not in (1, len(self.stages)):
                 raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
         if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
-            raise ValueError(f"--total-tokens {self.total_tokens} has no room for --warmup-tokens {self.warmup_tokens}, "
-                             f"--ramp-tokens {self.ramp_tokens} and then --decay-tokens {self.decay_tokens}")
+            raise ValueError(f"--total-tokens {self.total_tokens} has no room for --warmup-tokens "
+                             f"{self.warmup_tokens}, --ramp-tokens {self.ramp_tokens} and then "
+                             f"--decay-tokens {self.decay_tokens}")
         for start in self.stages:
             mixture(self, start)
 
@@ -137,7 +140,8 @@ def scaled(recipe: Recipe, total: int) -> Recipe:
     """The same recipe over another number of tokens: each phase and stage keeps its part of the whole."""
     part = {name: getattr(recipe, name) * total // recipe.total_tokens
             for name in ("total_tokens", "warmup_tokens", "ramp_tokens", "decay_tokens")}
-    return replace(recipe, **part, stages=tuple(start * total // recipe.total_tokens for start in recipe.stages))
+    stages = tuple(start * total // recipe.total_tokens for start in recipe.stages)
+    return replace(recipe, stages=stages, **part)
 
 
 RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": Recipe(
@@ -153,14 +157,16 @@ RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": Recipe(
     clip=1.0,                           # our choice, never published
     context=(2048, 4096, 8192, 8192),   # report: 2048 -> 4096 -> 8192. When each begins is our choice:
     stages=(0, 2500 * GT, 4000 * GT, 5000 * GT),
-    # Report: mostly RefinedWeb, with more technical text, code and math in later stages, and FineWeb-Edu in the decay.
+    # Report: mostly RefinedWeb, more technical text, code and math in later stages, FineWeb-Edu in the decay.
     # The shares are our choice, never published.
     mixture=("refinedweb:90 technical:4 code:4 math:2", "refinedweb:82 technical:7 code:7 math:4",
-             "refinedweb:74 technical:10 code:10 math:6", "refinedweb:45 finewebedu:25 technical:10 code:12 math:8"))}
-# The pre-decay checkpoint is the model before that decay. Its optimizer was not published: warm up again, for 2 GT.
+             "refinedweb:74 technical:10 code:10 math:6",
+             "refinedweb:45 finewebedu:25 technical:10 code:12 math:8"))}
+# The pre-decay checkpoint is the model before that decay. Its optimizer was not published: warm up again.
 RECIPES["continue"] = replace(
-    RECIPES["falcon-mamba-7b"], init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT, stages=(0,),
-    warmup_tokens=2 * GT, ramp_tokens=0, context=(8192,), mixture=RECIPES["falcon-mamba-7b"].mixture[-1:])
+    RECIPES["falcon-mamba-7b"], init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT,
+    warmup_tokens=2 * GT, ramp_tokens=0, stages=(0,), context=(8192,),              # 2 GT: our choice
+    mixture=RECIPES["falcon-mamba-7b"].mixture[-1:])
 # Our choice: it learns something in minutes on two CPU cores. Fresh weights of 0.1 suit the 7B's width.
 SIZES = {"tiny": {"d_model": 128, "n_layer": 4, "initializer_range": 0.02},
          "falcon-mamba-7b": {"vocab_size": 65024}, "continue": {"vocab_size": 65024}}
@@ -179,7 +185,8 @@ def byte_tokenizer() -> Tokenizer:
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has at hand."""
     root = Path(sysconfig.get_path("stdlib"))
-    return [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*p.relative_to(root).parts}]
+    others = {"site-packages", "test", "tests"}
+    return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
 
 
 @lru_cache(maxsize=256)
@@ -210,10 +217,10 @@ class Source:
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
         self.name, self.bin = name, paths[0] if paths[0].suffix == ".bin" else None
         if self.bin and len(paths) > 1:
-            raise ValueError(f"the source {name} has {len(paths)} paths, but a .bin is a source of its own; name each")
+            raise ValueError(f"{name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
             tokens = np.memmap(self.bin, np.uint16, "r")
-        else:                               # more than the run reads, so that the held-out end has many documents
+        else:       # more than the run reads, so that the held-out end has many documents
             parts, wanted = [np.zeros(0, np.uint32)], recipe.total_tokens * 4
             for part in tokenized(paths, tokenizer, recipe.seed):
                 parts.append(part)
@@ -228,14 +235,15 @@ class Source:
         self.parts = {"training": tokens[:cut], "held out": tokens[cut:]}
         for part, found in self.parts.items():
             if len(found) <= max(recipe.context):           # a row needs the token after it too
-                raise ValueError(f"of {name} the part {part} has {len(found)} tokens, too few for a row of "
-                                 f"--context {max(recipe.context)}; give it more text, or a smaller --context")
+                raise ValueError(f"{name} has {len(found)} tokens for the {part} part, too few for --context "
+                                 f"{max(recipe.context)}; give it more text, or a smaller --context")
 
     def rows(self, part: str, length: int) -> int:
         return (len(self.parts[part]) - 1) // length
 
     def row(self, part: str, i: int, length: int) -> np.ndarray:
-        if self.bin and self.bin.stat().st_size // 2 != self.size:      # reading what is gone would kill the process
+        # Reading what has gone from a mapped file would kill the process.
+        if self.bin and self.bin.stat().st_size // 2 != self.size:
             raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
         return self.parts[part][i * length:(i + 1) * length + 1]
 
@@ -256,7 +264,7 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). A source is read in shuffled order, a million rows at a time, then in another."""
+    """Row i of that step, (l + 1,). A source is read in an order shuffled by the million, then in another."""
     (name, before), length, million = place(recipe, tokens, i), context_length(recipe, tokens), 2**20
     rows = sources[name].rows("training", length)
     again, k = divmod(before, rows)
@@ -280,8 +288,8 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """-log p(target) in nats, summed over (b, l); a target of -100 counts for nothing.
 
-        Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the largest
-        tensor of the run, 2 GB for one row of the 7B.
+        Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the
+        largest tensor of the run, 2 GB for one row of the 7B.
         """
         hidden, _ = self.model.backbone(tokens, self.model.blank_state(len(tokens)), starts)    # (b, l, m)
         pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
@@ -294,14 +302,15 @@ class Objective(nn.Module):
 def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> None:
     """Leave each rank its part of every tensor, in fp32. A block is gathered when it runs and let go after.
 
-    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small and exact,
-    and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands of steps, D, the
-    convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
+    The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
+    and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
+    of steps, D, the convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in objective.model.backbone.layers:
-        fully_shard([block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj], mesh=mesh, mp_policy=policy)
+        products = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]
+        fully_shard(products, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh, mp_policy=policy)     # the embeddings, norm_f and lm_head
 
@@ -309,12 +318,12 @@ def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays the matrices of linear and embedding layers, and nothing else.
 
-    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A rule by
-    the number of dimensions would decay A_log and the convolution too.
+    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A
+    rule by the number of dimensions would decay A_log and the convolution too.
     """
-    matrices = {m.weight: None for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}    # a tied one once
-    groups = [{"params": [*matrices], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0}]
+    matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    decayed, others = ([p for p in model.parameters() if (p in matrices) == is_in] for is_in in (True, False))
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
@@ -348,9 +357,9 @@ def checkpoints(out: Path) -> list[Path]:
 class Writer(dcp.HuggingFaceStorageWriter):
     """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name.
 
-    PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. This writer needs none:
-    each rank's safetensors say in JSON which part of each tensor they hold, for any number of ranks to read. Ranks on
-    several machines need an `out` on a disk that they share.
+    PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. This writer
+    needs none: each rank's safetensors say in JSON which part of each tensor they hold, for any number of
+    ranks to read. Ranks on several machines need an `out` on a disk that they share.
     """
 
     def __init__(self, out: Path, about: dict, keep: int):
@@ -416,7 +425,8 @@ class Trainer:
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
         passes = self.passes(size)
         for numbers in passes:
-            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None for i in numbers]
+            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None
+                    for i in numbers]
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(numbers is passes[-1])
             loss = self.loss(rows, length)
@@ -434,7 +444,8 @@ class Trainer:
         self.adam.step()
         self.adam.zero_grad()
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
-                "context": length, "grad_norm": norm, "tokens_per_s": size * length / (time.perf_counter() - begin)}
+                "context": length, "grad_norm": norm,
+                "tokens_per_s": size * length / (time.perf_counter() - begin)}
 
     @torch.no_grad()
     def held_out(self, length: int) -> dict[str, tuple[float, float]]:
@@ -443,7 +454,8 @@ class Trainer:
         for name, source in self.sources.items():
             chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
             for numbers in self.passes(len(chosen)):
-                rows = [source.row("held out", chosen[i], length) if i < len(chosen) else None for i in numbers]
+                rows = [source.row("held out", chosen[i], length) if i < len(chosen) else None
+                        for i in numbers]
                 nats += self.loss(rows, length).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
                 size += sum(len(text.encode()) for text in texts)
@@ -518,13 +530,14 @@ class Trainer:
             while self.tokens < self.recipe.total_tokens and not stop:
                 row = self.update()
                 stop, end = over_ranks(len(stopping))[0] > 0, self.tokens >= self.recipe.total_tokens
-                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | batch {batch_size} | "
-                        "{tokens_per_s:.0f} tok/s").format(**row)
+                line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
+                        "batch {batch_size} | {tokens_per_s:.0f} tok/s").format(**row)
                 if peak:
                     line += f" | {row['tokens_per_s'] * flops_per_token(self.model.config) / peak:.0%} MFU"
                 if self.step % args.eval_every == 0 or end:
-                    row["held_out"] = {name: nats for name, (nats, _) in self.held_out(row["context"]).items()}
-                    line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in row["held_out"].items())
+                    losses = {name: nats for name, (nats, _) in self.held_out(row["context"]).items()}
+                    line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in losses.items())
+                    row["held_out"] = losses
                 if self.rank == 0:
                     tqdm.write(line)
                     bar.update(row["batch_size"] * row["context"])
@@ -573,7 +586,7 @@ def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
               torch.empty(1, config.d_conv - 1, config.d_inner, dtype=dtype),
               torch.empty(1, config.d_inner, config.d_state), torch.empty(1, length, dtype=torch.bool))
     weights = {p.untyped_storage()._cdata for p in block.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / length
+    return sum(v.untyped_storage().nbytes() for key, v in kept.items() if key not in weights) / length
 
 
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
@@ -612,15 +625,16 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
               + " ".join(f"{name} {share:.0%}" for name, share in mixture(recipe, a).items()))
     flops = flops_per_token(config) * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
-    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on {world} H100 "
-          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}"
-          "\n\nmemory of each GPU in GB, with fp32 weights and bf16 products:")
+    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
+          f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}\n\n"
+          "memory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
     with torch.device("meta"):
         whole = 4 * sum(p.numel() for p in Mamba(config).parameters())
-    for name, size in {**fixed, "together": sum(fixed.values()), "and in several passes, whole gradients": whole}.items():
-        print(f"  {name:40}{size / 1e9:8.2f}")
+    for name, size in [*fixed.items(), ("together", sum(fixed.values())),
+                       ("and, if a step takes several passes, whole gradients", whole)]:
+        print(f"  {name:54}{size / 1e9:8.2f}")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
             free = 80e9 - sum(fixed.values())
@@ -638,7 +652,7 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
     paths, shares = {}, {}
     for text in texts:
         named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
-        name, path, share = named.groups() if named else ("text", text, None)   # paths without a name are one source
+        name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
         if not Path(path).exists():
             raise ValueError(f"there is no {path}, which --data names")
         paths.setdefault(name, []).append(Path(path))
@@ -681,9 +695,6 @@ def prepare(out: Path) -> None:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
         pass
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        if (out / name).is_dir():
-            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
     for left in (out / "checkpoints").glob("*.partial"):       # by a run that was killed
         shutil.rmtree(left)
 
@@ -698,8 +709,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
     done = [] if args.eval_only else checkpoints(args.out)
     if done and not args.resume:
-        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, another --out "
-                         "begins a new one")
+        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
+                         "another --out begins a new one")
     torch.manual_seed(recipe.seed)
     if folder:      # to look at a model its own dtype will do; to train or divide it, all weights are fp32
         dtype = None if args.eval_only and not dist.is_initialized() else torch.float32
@@ -716,11 +727,13 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if trainer.rank == 0 and not args.eval_only:
         prepare(args.out)
     say = print if trainer.rank == 0 else lambda *_: None
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(s.size for s in sources.values()):,} tokens of "
-        f"text, {trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n{recipe}\n{model.config}")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(source.size for source in sources.values()):,} tokens of text, "
+        f"{trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
-            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, {bits:.4f} bits per byte")
+            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
+                f"{bits:.4f} bits per byte")
         return
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
@@ -742,8 +755,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
 class Options:
     """How a run is run. None of it changes a loss."""
     recipe: str = flag("tiny", f"gives the defaults: {', '.join(RECIPES)}")
-    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or name=path:share; repeat "
-                           "for more (else the sources of Python's standard library)")
+    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
+                           "name=path:share; repeat for more (else the sources of Python's standard library)")
     out: Path = flag(Path("out"), "folder for all results")
     tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
     tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
@@ -771,28 +784,32 @@ def value(kind: type, low: float = 0, high: float = 2**60):
 
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)     # two flags set the others' defaults
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)     # these set others' defaults
     first.add_argument("--recipe", choices=RECIPES, default="tiny")
     first.add_argument("--total-tokens", type=value(int, 1))
-    given = first.parse_known_args(arguments)[0]
-    recipe = scaled(RECIPES[given.recipe], given.total_tokens or RECIPES[given.recipe].total_tokens)
+    early = first.parse_known_args(arguments)[0]
+    recipe = scaled(RECIPES[early.recipe], early.total_tokens or RECIPES[early.recipe].total_tokens)
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
-    # A model's fields stay None unless given, as --init-from brings its own.
-    for cls, values in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, {f.name: None for f in fields(MambaConfig)}):
+    for cls, given in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, SIZES[early.recipe]):
         for f in fields(cls):
-            default = values.get(f.name, f.default)
-            shown = default if cls is not MambaConfig else SIZES[given.recipe].get(f.name, f.default)
-            shown = ",".join(map(str, shown)) if type(shown) is tuple else shown
-            help = f.metadata.get("help", "of a fresh model") + f" (default {shown})" * (shown not in ("", None))
-            kind = {"type": value(f.type, *[*f.metadata.values()][1:]), "metavar": "X"}
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-            kind |= {"action": "append"} if f.name == "data" else {}
-            parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=help.replace("%", "%%"), **kind)
+            default, kind = given.get(f.name, f.default), {"type": value(f.type, *[*f.metadata.values()][1:])}
+            shown = ",".join(map(str, default)) if type(default) is tuple else default
+            help = f.metadata.get("help", "of a fresh model")
+            help += f" (default {shown})" if shown not in ("", None) else ""
+            if f.type is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            if f.name == "data":
+                kind = {"action": "append"}
+            if cls is MambaConfig:      # None unless given, as --init-from brings its own
+                default = None
+            flag_name, help = "--" + f.name.replace("_", "-"), help.replace("%", "%%")
+            parser.add_argument(flag_name, default=default, help=help, **kind)
     args = parser.parse_args(arguments)
     sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
     if sizes and args.init_from:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
-    return args, Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}), SIZES[given.recipe] | sizes
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    return args, recipe, SIZES[early.recipe] | sizes
 
 
 def main() -> None:
