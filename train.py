@@ -62,6 +62,7 @@ from scan import default_backend
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
+SHUFFLED = 2**20           # rows in one order: a corpus may have billions, too many for a table of them
 
 
 def flag(default, help, low=0, high=2**60):
@@ -264,12 +265,12 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). A source is read in an order shuffled by the million, then in another."""
-    (name, before), length, million = place(recipe, tokens, i), context_length(recipe, tokens), 2**20
+    """Row i of that step, (l + 1,). A source is read once, SHUFFLED rows after SHUFFLED rows, then again."""
+    (name, before), length = place(recipe, tokens, i), context_length(recipe, tokens)
     rows = sources[name].rows("training", length)
     again, k = divmod(before, rows)
-    first = k - k % million
-    k = first + int(order(min(million, rows - first), recipe.seed, *name.encode(), again, first)[k - first])
+    first = k - k % SHUFFLED
+    k = first + int(order(min(SHUFFLED, rows - first), recipe.seed, *name.encode(), again, first)[k - first])
     return sources[name].row("training", k, length)
 
 
