@@ -1,7 +1,7 @@
 """Kill a training run again and again: python tests/kill_loop.py 200
 
-Each run goes on from what the one before it left, until it is killed with SIGKILL at a random moment, or done. Then
-the loss curve must be that of a run nobody touched, and the next series begins in a new folder.
+Each run goes on from what the one before it left, until it is killed with SIGKILL at a random moment, or is
+done. Then the loss curve must be that of a run nobody touched, and the next series begins in a new folder.
 """
 import json
 import os
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --total-tokens 20000 --warmup-tokens 1000 --ramp-tokens 4000 "
-         "--decay-tokens 8000 --checkpoint-every 3 --eval-every 8 --device cpu").split()
+SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --total-tokens 20000 --warmup-tokens 1000 "
+         "--ramp-tokens 4000 --decay-tokens 8000 --checkpoint-every 3 --eval-every 8 --device cpu").split()
 
 
 def command(data: Path, out: Path, *flags: str) -> list[str]:
@@ -49,7 +49,8 @@ def kill_loop(kills: int, data: Path, folder: Path, seed: int = 0) -> int:
         landed += code != 0
         first = [line for line in text.splitlines() if line.startswith("step ")]
         if done and first:
-            assert first[0].startswith(f"step {int(done.name[5:]) + 1} "), f"it had {done}, but began with {first[0]}"
+            expected = f"step {int(done.name[5:]) + 1} "
+            assert first[0].startswith(expected), f"it had {done}, but began with {first[0]}"
         if code == 0:
             assert curve(out) == curve(untouched), "the curve is not the one of an uninterrupted run"
             assert (out / "model.safetensors").read_bytes() == (untouched / "model.safetensors").read_bytes()
