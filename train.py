@@ -696,6 +696,9 @@ def prepare(out: Path) -> None:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
         pass
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
     for left in (out / "checkpoints").glob("*.partial"):       # by a run that was killed
         shutil.rmtree(left)
 
