@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -93,11 +92,9 @@ class MambaConfig:
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
         # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, 2 x 4096: the size is right.
-        expand = raw.get("expand")
-        if expand is not None and "d_inner" not in config and type(config["d_model"]) is int:
-            if type(expand) not in (int, float) or not 0 < expand <= 2**20:
-                raise CheckpointError(f"expand is {expand!r:.50}, but must be a number from 0 to {2**20}")
-            config["d_inner"] = int(expand * min(config["d_model"], 2**30))
+        if "d_inner" not in config and "expand" in raw:
+            whole = type(raw["expand"]) is type(config["d_model"]) is int       # if not, it is refused below
+            config["d_inner"] = raw["expand"] * config["d_model"] if whole else raw["expand"]
         if config.get("dt_rank") == "auto":
             del config["dt_rank"]
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
@@ -139,7 +136,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split, self.eps = (r, 2 * n), config.mixer_norm_eps
+        self.split, self.eps = (r, n, n), config.mixer_norm_eps
         self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
@@ -166,12 +163,15 @@ class Mixer(nn.Module):
         """
         k, l = self.conv1d.kernel_size[0], x.shape[1]
         weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d), the present last
+        y = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
+        if reset is None and l == 1:                                        # the loop below, in one product
+            y = y + (window * weight).sum(1, keepdim=True)                  # (b, 1, d)
+            return F.silu(y).to(x.dtype), past
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
-        y = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
         for i in range(k):
             tap = window[:, i:i + l]                                        # (b, l, d), of k - 1 - i ago
             if reset is not None:
@@ -184,11 +184,10 @@ class Mixer(nn.Module):
 
         The reference's fused training kernel normalises dt after dt_proj, its evaluation before, as we do.
         """
-        dt, BC = self.x_proj(x).split(self.split, dim=-1)                   # (b, l, r), (b, l, 2n)
-        B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)     # (b, l, n) each, a norm each
-        dt = rms_norm(dt, self.eps).to(x.dtype)
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        dt, B, C = (rms_norm(v, self.eps) for v in (dt, B, C))              # (b, l, r), (b, l, n), (b, l, n)
         # .to: training keeps this weight in fp32 beside bf16 activations.
-        return F.linear(dt, self.dt_proj.weight.to(x.dtype)), B, C          # (b, l, d), (b, l, n), (b, l, n)
+        return F.linear(dt.to(x.dtype), self.dt_proj.weight.to(x.dtype)), B, C  # (b, l, d), (b, l, n), (b, l, n)
 
 
 class Block(nn.Module):
@@ -218,21 +217,6 @@ class Backbone(nn.Module):
         return self.norm_f(stream), after
 
 
-@contextmanager
-def vector_products(wanted: bool):
-    """Leave oneDNN out of one token's products: PyTorch's own bf16 kernel reads weights twice as fast.
-
-    For two rows and more, oneDNN is as fast or faster. The switch is the process's own, so it is set back.
-    """
-    mkldnn = torch.backends.mkldnn
-    before = mkldnn.enabled
-    mkldnn.enabled = before and not wanted
-    try:
-        yield
-    finally:
-        mkldnn.enabled = before
-
-
 class Mamba(nn.Module):
     """The language model, freshly initialised. Its state_dict has the published tensors' names and shapes."""
 
@@ -253,9 +237,14 @@ class Mamba(nn.Module):
         So packed documents do not leak, and padding on the left is just another document before the prompt.
         Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
-        with vector_products(tokens.numel() == 1):
+        # For one row PyTorch's own bf16 product reads weights twice as fast as oneDNN's, for more no faster.
+        mkldnn, before = torch.backends.mkldnn, torch.backends.mkldnn.enabled
+        mkldnn.enabled = before and tokens.numel() > 1
+        try:
             x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
             return self.lm_head(x[:, -1:] if last_only else x).float(), state
+        finally:
+            mkldnn.enabled = before
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
