@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,8 @@ import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from scan import exp, selective_scan
@@ -225,9 +227,9 @@ class Mamba(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.apply(lambda module: initialize(module, config))
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
+        initialize(self)
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None,
                 last_only: bool = False) -> tuple[Tensor, State]:
@@ -268,72 +270,65 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                         # shapes without memory
             model = cls(config).eval()
-        wanted, stored = dict(model.named_parameters()), open_tensors(folder)
+        wanted, stored = dict(model.named_parameters()), read_tensors(folder)
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
         wrong = [f"no {name} {[*wanted[name].shape]}" for name in wanted if name not in stored]
         wrong += [f"an unexpected {name!r:.80}" for name in stored if name not in wanted]
         for name in [name for name in wanted if name in stored]:
-            found = stored[name].get_slice(name)
-            if found.get_shape() != [*wanted[name].shape]:
-                wrong.append(f"{name} {found.get_shape()} where {[*wanted[name].shape]} belongs")
-            if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                wrong.append(f"{name} in {found.get_dtype()}, which is no plain float")
+            found, shape = stored[name], wanted[name].shape
+            if found.shape != shape:
+                wrong.append(f"{name} {[*found.shape]} where {[*shape]} belongs")
+            if found.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                wrong.append(f"{name} in {found.dtype}, which is no plain float")
         if wrong:
             more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
             raise CheckpointError(f"the tensors of {folder} do not fit its config.json: "
                                   f"{', '.join(wrong[:4])}{more}")
-        embeddings = "backbone.embeddings.weight"
-        dtype = dtype or stored[embeddings].get_tensor(embeddings).dtype
+        dtype = dtype or stored["backbone.embeddings.weight"].dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
         for name in wanted:
             path, _, leaf = name.rpartition(".")
-            module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+            module = model.get_submodule(path)
             exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
-            tensor = stored[name].get_tensor(name).to(device, torch.float32 if exact else dtype)
-            setattr(module, leaf, nn.Parameter(tensor))
+            setattr(module, leaf, nn.Parameter(stored[name].to(device, torch.float32 if exact else dtype)))
             if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
-                setattr(parent, path.rpartition(".")[2], replace(module))
+                model.set_submodule(path, replace(module))
         if config.tie_embeddings:
             model.lm_head.weight = model.backbone.embeddings.weight
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write config.json and safetensors that transformers loads as they are; all of it or nothing.
 
+        `tensors`, from name to value, stand in for the model's own where those are divided among machines.
         CheckpointError if it cannot be written; what the folder held before is then still there.
         """
         folder = Path(folder)
-        new = folder / ".saving"
+        new, kept = folder / ".saving", folder / ".saving" / "old"
+        tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # tied ones appear once
         try:
             shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
-            new.mkdir(parents=True)
-            tensors = {name: p.detach() for name, p in self.named_parameters()}     # tied weights appear once
-            huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
+            kept.mkdir(parents=True)
             self.config.to_json(new / "config.json")
-            old = {p.name for p in folder.glob("model*.safetensors*")}
-            files, config = sorted(p.name for p in new.glob("model*")), folder / "config.json"
-            same = config.is_file() and config.read_bytes() == (new / "config.json").read_bytes()
-            if same and len(files) == 1 and not old - set(files):
-                os.replace(new / files[0], folder / files[0])
-                return
+            huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
+            files = sorted(path.name for path in new.glob("model*"))
+            for name in files:                             # safetensors hides its files from other users
+                shutil.copymode(new / "config.json", new / name)
             # Several files cannot change in one move. While they do, no config.json says that this is a
             # checkpoint, and the old ones wait aside, to come back if a move fails.
-            kept, moved = new / "old", []
-            kept.mkdir()
-            try:
-                for name in ["config.json", *old]:
-                    if (folder / name).exists():
-                        os.replace(folder / name, kept / name)
-                for name in [*files, "config.json"]:
-                    os.replace(new / name, folder / name)
-                    moved.append(folder / name)
-            except BaseException:                              # a Ctrl-C too
-                for path in moved:
-                    path.unlink()
-                for path in sorted(kept.iterdir(), reverse=True):          # config.json last
-                    os.replace(path, folder / path.name)
-                raise
+            old = [name for name in ["config.json"] if (folder / name).exists()]
+            old += sorted(path.name for path in folder.glob("model*.safetensors*"))
+            moves = [(folder / name, kept / name) for name in old]
+            moves += [(new / name, folder / name) for name in [*files, "config.json"]]
+            if old == ["config.json", *files] and len(files) == 1 and (
+                    (new / "config.json").read_bytes() == (folder / "config.json").read_bytes()):
+                moves = [(new / files[0], folder / files[0])]           # only the weights are new
+            with ExitStack() as undo:
+                for source, target in moves:
+                    os.replace(source, target)
+                    undo.callback(os.replace, target, source)
+                undo.pop_all()                             # all went well
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
@@ -341,23 +336,25 @@ class Mamba(nn.Module):
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, config: MambaConfig) -> None:
+def initialize(model: Mamba) -> None:
     """Fresh weights as the reference draws them: states that fade at n speeds, steps from 0.001 to 0.1."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=config.initializer_range)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-    if isinstance(module, Mixer):       # after its linear parts, which apply() visits first
-        d, n, r = config.d_inner, config.d_state, config.dt_rank
-        module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(d, n))
-        nn.init.ones_(module.D)
-        nn.init.uniform_(module.dt_proj.weight, -r**-0.5, r**-0.5)
-        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-        module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))    # softplus of it is dt
-        nn.init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
-        if module.conv1d.bias is not None:
-            nn.init.zeros_(module.conv1d.bias)
-        nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+    config = model.config
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            p.copy_(torch.arange(1.0, config.d_state + 1).log().expand_as(p))
+        elif name.endswith("dt_proj.bias"):
+            step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+            p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
+        elif name.endswith("dt_proj.weight"):
+            nn.init.uniform_(p, -config.dt_rank**-0.5, config.dt_rank**-0.5)
+        elif name.endswith(("conv1d.weight", "out_proj.weight")):
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+        elif name.endswith(".bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 2:      # in_proj, x_proj, the embeddings and lm_head
+            nn.init.normal_(p, std=config.initializer_range)
+        else:                   # D and the norms
+            nn.init.ones_(p)
 
 
 def read_json(path: Path) -> dict:
@@ -389,32 +386,29 @@ def find(source: str | Path) -> Path:
                               "makes a small model and `--model out` uses it") from e
 
 
-def open_tensors(folder: Path) -> dict:
-    """Every tensor name in the folder's safetensors -> the open file that holds it; only headers are read."""
-    paths = [folder / "model.safetensors"]
-    if not paths[0].exists():
-        index = folder / "model.safetensors.index.json"
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in the folder's safetensors, one file or several with an index; on disk until used."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / names[0]).exists():
         if not index.exists():
-            raise CheckpointError(f"{folder} has neither {paths[0].name} nor {index.name}; "
+            raise CheckpointError(f"{folder} has neither {names[0]} nor {index.name}; "
                                   "pickled weights are not read, as loading them can run any code")
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map from tensors to files")
-        for name in names.values():
-            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-                raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
-        paths = [folder / name for name in sorted(set(names.values()))]
-    stored = {}
-    for path in paths:
+        names = list(dict.fromkeys(map(str, weight_map.values())))
+    tensors = {}
+    for name in names:
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
+            raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
         try:
-            file = safe_open(path, framework="pt")
+            more = load_file(folder / name)
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
-        for name in file.keys():
-            if name in stored:
-                raise CheckpointError(f"{path} holds {name} a second time")
-            stored[name] = file
-    return stored
+            raise CheckpointError(f"{folder / name} is not a whole safetensors file: {e}") from e
+        if twice := tensors.keys() & more.keys():
+            raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
+        tensors |= more
+    return tensors
 
 
 if __name__ == "__main__":
