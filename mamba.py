@@ -150,6 +150,7 @@ class Mixer(nn.Module):
     def forward(self, stream, past, h0, reset):
         """stream (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
         x, z = self.in_proj(stream).chunk(2, dim=-1)                        # (b, l, d), (b, l, d)
+        z = z.contiguous()                  # training keeps z, and with a view of it x, for the backward pass
         x, past = self.conv(x, past, reset)                                 # (b, l, d), (b, k - 1, d)
         dt, B, C = self.selection(x)                                        # (b, l, d), (b, l, n), (b, l, n)
         A = -exp(self.A_log.float())                                        # (d, n)
@@ -165,20 +166,21 @@ class Mixer(nn.Module):
         """
         k, l = self.conv1d.kernel_size[0], x.shape[1]
         weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d), the present last
-        y = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
+        bias = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
-        if reset is None and l == 1:                                        # the loop below, in one product
-            y = y + (window * weight).sum(1, keepdim=True)                  # (b, 1, d)
+        if l == 1 and reset is None:                                        # the loop below, in one product
+            y = bias + (window * weight).sum(1, keepdim=True)               # (b, 1, d)
             return F.silu(y).to(x.dtype), past
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
-        for i in range(k):
+        y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
+        for i in range(k - 1):
             tap = window[:, i:i + l]                                        # (b, l, d), of k - 1 - i ago
             if reset is not None:
                 tap = tap.masked_fill((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y = torch.addcmul(y, tap, weight[i])                            # (b, l, d)
+            y = torch.addcmul(y, tap, weight[i])
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
