@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,8 @@ import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from scan import exp, selective_scan
@@ -93,11 +94,9 @@ class MambaConfig:
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
         # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, 2 x 4096: the size is right.
-        expand = raw.get("expand")
-        if expand is not None and "d_inner" not in config and type(config["d_model"]) is int:
-            if type(expand) not in (int, float) or not 0 < expand <= 2**20:
-                raise CheckpointError(f"expand is {expand!r:.50}, but must be a number from 0 to {2**20}")
-            config["d_inner"] = int(expand * min(config["d_model"], 2**30))
+        if "d_inner" not in config and "expand" in raw:
+            whole = type(raw["expand"]) is type(config["d_model"]) is int       # if not, it is refused below
+            config["d_inner"] = raw["expand"] * config["d_model"] if whole else raw["expand"]
         if config.get("dt_rank") == "auto":
             del config["dt_rank"]
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
@@ -139,7 +138,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split, self.eps = (r, 2 * n), config.mixer_norm_eps
+        self.split, self.eps = (r, n, n), config.mixer_norm_eps
         self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
@@ -151,6 +150,7 @@ class Mixer(nn.Module):
     def forward(self, stream, past, h0, reset):
         """stream (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
         x, z = self.in_proj(stream).chunk(2, dim=-1)                        # (b, l, d), (b, l, d)
+        z = z.contiguous()                  # training keeps z, and with a view of it x, for the backward pass
         x, past = self.conv(x, past, reset)                                 # (b, l, d), (b, k - 1, d)
         dt, B, C = self.selection(x)                                        # (b, l, d), (b, l, n), (b, l, n)
         A = -exp(self.A_log.float())                                        # (d, n)
@@ -166,17 +166,21 @@ class Mixer(nn.Module):
         """
         k, l = self.conv1d.kernel_size[0], x.shape[1]
         weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d), the present last
+        bias = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
+        if l == 1 and reset is None:                                        # the loop below, in one product
+            y = bias + (window * weight).sum(1, keepdim=True)               # (b, 1, d)
+            return F.silu(y).to(x.dtype), past
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
-        y = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
-        for i in range(k):
+        y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
+        for i in range(k - 1):
             tap = window[:, i:i + l]                                        # (b, l, d), of k - 1 - i ago
             if reset is not None:
                 tap = tap.masked_fill((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y = torch.addcmul(y, tap, weight[i])                            # (b, l, d)
+            y = torch.addcmul(y, tap, weight[i])
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
@@ -184,11 +188,10 @@ class Mixer(nn.Module):
 
         The reference's fused training kernel normalises dt after dt_proj, its evaluation before, as we do.
         """
-        dt, BC = self.x_proj(x).split(self.split, dim=-1)                   # (b, l, r), (b, l, 2n)
-        B, C = rms_norm(BC.unflatten(-1, (2, -1)), self.eps).unbind(-2)     # (b, l, n) each, a norm each
-        dt = rms_norm(dt, self.eps).to(x.dtype)
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        dt, B, C = (rms_norm(v, self.eps) for v in (dt, B, C))              # (b, l, r), (b, l, n), (b, l, n)
         # .to: training keeps this weight in fp32 beside bf16 activations.
-        return F.linear(dt, self.dt_proj.weight.to(x.dtype)), B, C          # (b, l, d), (b, l, n), (b, l, n)
+        return F.linear(dt.to(x.dtype), self.dt_proj.weight.to(x.dtype)), B, C  # (b, l, d), (b, l, n), (b, l, n)
 
 
 class Block(nn.Module):
@@ -218,21 +221,6 @@ class Backbone(nn.Module):
         return self.norm_f(stream), after
 
 
-@contextmanager
-def vector_products(wanted: bool):
-    """Leave oneDNN out of one token's products: PyTorch's own bf16 kernel reads weights twice as fast.
-
-    For two rows and more, oneDNN is as fast or faster. The switch is the process's own, so it is set back.
-    """
-    mkldnn = torch.backends.mkldnn
-    before = mkldnn.enabled
-    mkldnn.enabled = before and not wanted
-    try:
-        yield
-    finally:
-        mkldnn.enabled = before
-
-
 class Mamba(nn.Module):
     """The language model, freshly initialised. Its state_dict has the published tensors' names and shapes."""
 
@@ -241,9 +229,9 @@ class Mamba(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.apply(lambda module: initialize(module, config))
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
+        initialize(self)
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None,
                 last_only: bool = False) -> tuple[Tensor, State]:
@@ -253,9 +241,14 @@ class Mamba(nn.Module):
         So packed documents do not leak, and padding on the left is just another document before the prompt.
         Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
-        with vector_products(tokens.numel() == 1):
+        # For one row PyTorch's own bf16 product reads weights twice as fast as oneDNN's, for more no faster.
+        mkldnn, before = torch.backends.mkldnn, torch.backends.mkldnn.enabled
+        mkldnn.enabled = before and tokens.numel() > 1
+        try:
             x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
             return self.lm_head(x[:, -1:] if last_only else x).float(), state
+        finally:
+            mkldnn.enabled = before
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
@@ -279,32 +272,30 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                         # shapes without memory
             model = cls(config).eval()
-        wanted, stored = dict(model.named_parameters()), open_tensors(folder)
+        wanted, stored = dict(model.named_parameters()), read_tensors(folder)
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
         wrong = [f"no {name} {[*wanted[name].shape]}" for name in wanted if name not in stored]
         wrong += [f"an unexpected {name!r:.80}" for name in stored if name not in wanted]
         for name in [name for name in wanted if name in stored]:
-            found = stored[name].get_slice(name)
-            if found.get_shape() != [*wanted[name].shape]:
-                wrong.append(f"{name} {found.get_shape()} where {[*wanted[name].shape]} belongs")
-            if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                wrong.append(f"{name} in {found.get_dtype()}, which is no plain float")
+            found, shape = stored[name], wanted[name].shape
+            if found.shape != shape:
+                wrong.append(f"{name} {[*found.shape]} where {[*shape]} belongs")
+            if found.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                wrong.append(f"{name} in {found.dtype}, which is no plain float")
         if wrong:
             more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
             raise CheckpointError(f"the tensors of {folder} do not fit its config.json: "
                                   f"{', '.join(wrong[:4])}{more}")
-        embeddings = "backbone.embeddings.weight"
-        dtype = dtype or stored[embeddings].get_tensor(embeddings).dtype
+        dtype = dtype or stored["backbone.embeddings.weight"].dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
         for name in wanted:
             path, _, leaf = name.rpartition(".")
-            module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+            module = model.get_submodule(path)
             exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
-            tensor = stored[name].get_tensor(name).to(device, torch.float32 if exact else dtype)
-            setattr(module, leaf, nn.Parameter(tensor))
+            setattr(module, leaf, nn.Parameter(stored[name].to(device, torch.float32 if exact else dtype)))
             if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
-                setattr(parent, path.rpartition(".")[2], replace(module))
+                model.set_submodule(path, replace(module))
         if config.tie_embeddings:
             model.lm_head.weight = model.backbone.embeddings.weight
         return model
@@ -312,40 +303,34 @@ class Mamba(nn.Module):
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write config.json and safetensors that transformers loads as they are; all of it or nothing.
 
-        `tensors` are its own unless given, as train.py does when they are spread over many GPUs.
+        `tensors`, from name to value, stand in for the model's own where those are divided among machines.
         CheckpointError if it cannot be written; what the folder held before is then still there.
         """
         folder = Path(folder)
-        new = folder / ".saving"
+        new, kept = folder / ".saving", folder / ".saving" / "old"
+        tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # tied ones appear once
         try:
             shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
-            new.mkdir(parents=True)
-            tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # tied ones appear once
-            huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
+            kept.mkdir(parents=True)
             self.config.to_json(new / "config.json")
-            old = {p.name for p in folder.glob("model*.safetensors*")}
-            files, config = sorted(p.name for p in new.glob("model*")), folder / "config.json"
-            same = config.is_file() and config.read_bytes() == (new / "config.json").read_bytes()
-            if same and len(files) == 1 and not old - set(files):
-                os.replace(new / files[0], folder / files[0])
-                return
+            huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
+            files = sorted(path.name for path in new.glob("model*"))
+            for name in files:                             # safetensors hides its files from other users
+                shutil.copymode(new / "config.json", new / name)
             # Several files cannot change in one move. While they do, no config.json says that this is a
             # checkpoint, and the old ones wait aside, to come back if a move fails.
-            kept, moved = new / "old", []
-            kept.mkdir()
-            try:
-                for name in ["config.json", *old]:
-                    if (folder / name).exists():
-                        os.replace(folder / name, kept / name)
-                for name in [*files, "config.json"]:
-                    os.replace(new / name, folder / name)
-                    moved.append(folder / name)
-            except BaseException:                              # a Ctrl-C too
-                for path in moved:
-                    path.unlink()
-                for path in sorted(kept.iterdir(), reverse=True):          # config.json last
-                    os.replace(path, folder / path.name)
-                raise
+            old = [name for name in ["config.json"] if (folder / name).exists()]
+            old += sorted(path.name for path in folder.glob("model*.safetensors*"))
+            moves = [(folder / name, kept / name) for name in old]
+            moves += [(new / name, folder / name) for name in [*files, "config.json"]]
+            if old == ["config.json", *files] and len(files) == 1 and (
+                    (new / "config.json").read_bytes() == (folder / "config.json").read_bytes()):
+                moves = [(new / files[0], folder / files[0])]           # only the weights are new
+            with ExitStack() as undo:
+                for source, target in moves:
+                    os.replace(source, target)
+                    undo.callback(os.replace, target, source)
+                undo.pop_all()                             # all went well
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
@@ -353,23 +338,25 @@ class Mamba(nn.Module):
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, config: MambaConfig) -> None:
+def initialize(model: Mamba) -> None:
     """Fresh weights as the reference draws them: states that fade at n speeds, steps from 0.001 to 0.1."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=config.initializer_range)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-    if isinstance(module, Mixer):       # after its linear parts, which apply() visits first
-        d, n, r = config.d_inner, config.d_state, config.dt_rank
-        module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(d, n))
-        nn.init.ones_(module.D)
-        nn.init.uniform_(module.dt_proj.weight, -r**-0.5, r**-0.5)
-        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-        module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))    # softplus of it is dt
-        nn.init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
-        if module.conv1d.bias is not None:
-            nn.init.zeros_(module.conv1d.bias)
-        nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+    config = model.config
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            p.copy_(torch.arange(1.0, config.d_state + 1).log().expand_as(p))
+        elif name.endswith("dt_proj.bias"):
+            step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+            p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
+        elif name.endswith("dt_proj.weight"):
+            nn.init.uniform_(p, -config.dt_rank**-0.5, config.dt_rank**-0.5)
+        elif name.endswith(("conv1d.weight", "out_proj.weight")):
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+        elif name.endswith(".bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 2:      # in_proj, x_proj, the embeddings and lm_head
+            nn.init.normal_(p, std=config.initializer_range)
+        else:                   # D and the norms
+            nn.init.ones_(p)
 
 
 def read_json(path: Path) -> dict:
@@ -401,32 +388,29 @@ def find(source: str | Path) -> Path:
                               "makes a small model and `--model out` uses it") from e
 
 
-def open_tensors(folder: Path) -> dict:
-    """Every tensor name in the folder's safetensors -> the open file that holds it; only headers are read."""
-    paths = [folder / "model.safetensors"]
-    if not paths[0].exists():
-        index = folder / "model.safetensors.index.json"
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in the folder's safetensors, one file or several with an index; on disk until used."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / names[0]).exists():
         if not index.exists():
-            raise CheckpointError(f"{folder} has neither {paths[0].name} nor {index.name}; "
+            raise CheckpointError(f"{folder} has neither {names[0]} nor {index.name}; "
                                   "pickled weights are not read, as loading them can run any code")
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map from tensors to files")
-        for name in names.values():
-            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-                raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
-        paths = [folder / name for name in sorted(set(names.values()))]
-    stored = {}
-    for path in paths:
+        names = list(dict.fromkeys(map(str, weight_map.values())))
+    tensors = {}
+    for name in names:
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
+            raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
         try:
-            file = safe_open(path, framework="pt")
+            more = load_file(folder / name)
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
-        for name in file.keys():
-            if name in stored:
-                raise CheckpointError(f"{path} holds {name} a second time")
-            stored[name] = file
-    return stored
+            raise CheckpointError(f"{folder / name} is not a whole safetensors file: {e}") from e
+        if twice := tensors.keys() & more.keys():
+            raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
+        tensors |= more
+    return tensors
 
 
 if __name__ == "__main__":

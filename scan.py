@@ -83,17 +83,17 @@ def exp(v: Tensor) -> Tensor:
     return torch.exp2(v * LOG2_E)
 
 
-def naive(x, delta, A, B, C, h0, reset):
+def naive(x, delta, A, B, C, h, reset):
     """One step after the other. Autograd differentiates it, and to do so keeps every state: (b, l, d, n)."""
-    h, y = h0, []
+    y, u = [], delta * x                                             # (b, l, d)
     for t in range(x.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
         decay = exp(delta[:, t, :, None] * A)                        # (b, d, n)
-        drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None, :]  # (b, d, n)
+        drive = u[:, t, :, None] * B[:, t, None]                     # (b, d, n)
         h = torch.addcmul(drive, decay, h)                           # (b, d, n): decay h + drive
-        y.append((h @ C[:, t, :, None])[..., 0])                     # (b, d)
-    return torch.stack(y, dim=1), h                                  # (b, l, d), (b, d, n)
+        y.append(h @ C[:, t, :, None])                               # (b, d, 1)
+    return torch.stack(y, dim=1)[..., 0], h                          # (b, l, d), (b, d, n)
 
 
 # Second, in parallel. Two steps in a row are one step of the same form,
@@ -134,35 +134,32 @@ def merge_pairs(a: Tensor, b: Tensor) -> Tensor:
 CHUNK = 16      # 8 to 32 take the same time here: fewer pay Python more, more outgrow the processor's cache
 
 
-def time_first(v: Tensor) -> Tensor:
-    """Inside a chunk time comes first and d last: each step is one block of memory, with long rows."""
-    return v.transpose(0, 1).contiguous()
-
-
-def fill_chunk(decay, hs, delta, u, A, B, h, reset):
-    """Write a chunk's decays (c, b, n, d) and its states (c + 1, b, n, d), h, the one before it, in front."""
+def run_chunk(decay, hs, delta, u, A, B, h, reset):
+    """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return the last."""
     if reset is not None:                                            # an endless step forgets everything
-        delta = delta.masked_fill(time_first(reset)[..., None], torch.finfo(delta.dtype).max)
+        delta = delta.masked_fill(reset[..., None], torch.finfo(delta.dtype).max)
     torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
-    hs[0] = h
-    torch.mul(u[:, :, None], B[..., None], out=hs[1:])               # the drives, made states one by one
-    for before, now, a in zip(hs[:-1].unbind(), hs[1:].unbind(), decay.unbind()):
-        now.addcmul_(a, before)
+    torch.mul(u[:, :, None], B[..., None], out=hs)                   # the drives, made states one by one
+    for a, now in zip(decay.unbind(1), hs.unbind(1)):
+        h = now.addcmul_(a, h)                                       # (b, n, d)
+    return h
 
 
 class Chunked(torch.autograd.Function):
+    """In here d is the last dimension of A and of every state: long rows are quick to multiply."""
+
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h, reset):
         A, h, y, starts = A.T.contiguous(), h.mT.contiguous(), torch.empty_like(x), []
-        decay, hs = (h.new_empty(CHUNK + i, *h.shape) for i in (0, 1))  # reused: new memory is slow
+        buffers = [h.new_empty(len(h), CHUNK, *h.shape[1:]) for _ in range(2)]  # reused: new memory is slow
         for t in range(0, x.shape[1], CHUNK):
             now = slice(t, t + CHUNK)
-            x_, delta_, B_, C_ = (time_first(v[:, now]) for v in (x, delta, B, C))
-            c, reset_ = len(x_), None if reset is None else reset[:, now]
+            x_, delta_, B_, C_ = (v[:, now] for v in (x, delta, B, C))
+            decay, hs = (v[:, :x_.shape[1]] for v in buffers)
             starts.append(h)
-            fill_chunk(decay[:c], hs[:c + 1], delta_, delta_ * x_, A, B_, h, reset_)
-            y[:, now] = (C_[:, :, None] @ hs[1:c + 1])[:, :, 0].transpose(0, 1)
-            h = hs[c].clone()
+            h = run_chunk(decay, hs, delta_, delta_ * x_, A, B_, h, None if reset is None else reset[:, now])
+            h = h.clone()                                            # out of the buffer
+            y[:, now] = (C_[:, :, None] @ hs)[:, :, 0]
         ctx.save_for_backward(x, delta, A, B, C, reset, *starts)
         return y, h.mT
 
@@ -172,27 +169,28 @@ class Chunked(torch.autograd.Function):
         x, delta, A, B, C, reset, *starts = ctx.saved_tensors
         dx, d_delta, dB, dC = map(torch.empty_like, (x, delta, B, C))
         dA, dh = torch.zeros_like(A), dh.mT.contiguous()
-        buffers = [dh.new_empty(CHUNK + i, *dh.shape) for i in (0, 1, 0)]
+        buffers = [dh.new_empty(len(dh), CHUNK, *dh.shape[1:]) for _ in range(3)]
         for i in reversed(range(len(starts))):
             now = slice(i * CHUNK, (i + 1) * CHUNK)
-            x_, delta_, B_, C_, dy_ = (time_first(v[:, now]) for v in (x, delta, B, C, dy))
-            c, u, reset_ = len(x_), delta_ * x_, None if reset is None else reset[:, now]
-            decay, hs, g = buffers[0][:c], buffers[1][:c + 1], buffers[2][:c]
-            fill_chunk(decay, hs, delta_, u, A, B_, starts[i], reset_)
-            torch.mul(C_[..., None], dy_[:, :, None], out=g)         # (c, b, n, d): what y_t asks of h_t,
-            g[-1] += dh                                              # and what later chunks ask of the last
-            for g_now, after, a in reversed([*zip(g[:-1].unbind(), g[1:].unbind(), decay[1:].unbind())]):
-                g_now.addcmul_(a, after)
-            dh = decay[0] * g[0]                                     # (b, n, d): for the chunk before
-            dC[:, now] = (hs[1:] @ dy_[:, :, None].mT)[..., 0].transpose(0, 1)
-            dB[:, now] = (g @ u[:, :, None].mT)[..., 0].transpose(0, 1)
-            du = (B_[:, :, None] @ g)[:, :, 0]                       # (c, b, d)
+            x_, delta_, B_, C_, dy_ = (v[:, now].contiguous() for v in (x, delta, B, C, dy))
+            u, c = delta_ * x_, x_.shape[1]
+            decay, hs, g = (v[:, :c] for v in buffers)
+            run_chunk(decay, hs, delta_, u, A, B_, starts[i], None if reset is None else reset[:, now])
+            torch.mul(C_[..., None], dy_[:, :, None], out=g)         # (b, c, n, d): what y_t asks of h_t,
+            g[:, -1] += dh                                           # and what later chunks ask of the last
+            for t in reversed(range(c - 1)):
+                g[:, t].addcmul_(decay[:, t + 1], g[:, t + 1])
+            dh = decay[:, 0] * g[:, 0]                               # (b, n, d): for the chunk before
+            dC[:, now] = (hs @ dy_[:, :, None].mT)[..., 0]
+            dB[:, now] = (g @ u[:, :, None].mT)[..., 0]
+            du = (B_[:, :, None] @ g)[:, :, 0]                       # (b, c, d)
             g *= decay
-            g *= hs[:-1]                                             # now dL/d(delta_t A)
+            g[:, 0] *= starts[i]
+            g[:, 1:] *= hs[:, :-1]                                   # now dL/d(delta_t A)
             # From here on `decay` is only a place to put products.
             dA += torch.mul(g, delta_[:, :, None], out=decay).sum((0, 1))
-            d_delta[:, now] = torch.addcmul(torch.mul(g, A, out=decay).sum(2), du, x_).transpose(0, 1)
-            dx[:, now] = (du * delta_).transpose(0, 1)
+            d_delta[:, now] = torch.addcmul(torch.mul(g, A, out=decay).sum(2), du, x_)
+            dx[:, now] = du * delta_
         return dx, d_delta, dA.T, dB, dC, dh.mT, None
 
 
@@ -221,11 +219,11 @@ if __name__ == "__main__":
         return [*outputs, *gradients], 1e3 * (middle - start), 1e3 * (time.perf_counter() - start)
 
     exact = run(naive, torch.float64)[0]
-    print(f"{(b, l, d, n) = }, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}. Errors\n"
-          "against the loop in float64, over each tensor's largest value; medians of 5 runs in ms")
-    print(f"{'backend':10}{'outputs':>10}{'gradients':>12}{'forward':>10}{'and backward':>14}")
+    print(f"{(b, l, d, n) = }, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+          f"{'':12}largest error against the loop in float64        median of 5 runs in ms\n"
+          f"{'backend':12}{'outputs':>12}{'gradients':>12}{'forward':>25}{'and backward':>16}")
     for name, scan in BACKENDS.items():
         values, forward, both = zip(*(run(scan, torch.float32) for _ in range(5)))
         errors = [((v - w).abs().max() / w.abs().max()).item() for v, w in zip(values[0], exact)]
-        print(f"{name:10}{max(errors[:2]):10.1e}{max(errors[2:]):12.1e}{sorted(forward)[2]:10.1f}"
-              f"{sorted(both)[2]:14.1f}")
+        print(f"{name:12}{max(errors[:2]):12.1e}{max(errors[2:]):12.1e}"
+              f"{sorted(forward)[2]:25.1f}{sorted(both)[2]:16.1f}")

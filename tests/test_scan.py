@@ -44,7 +44,9 @@ def with_gradients(scan, args, **options):
 
 def close(ours, exact, tolerance):
     for name, value in ours.items():
-        scale = exact[name].abs().max().clamp(min=1e-3)
+        # These two gradients are sums over all steps. Where the terms cancel, the sum is only as exact as they are.
+        terms = {"dt_bias": "dt", "D": "y"}.get(name, name)
+        scale = max(exact[name].abs().max(), exact[terms].abs().max()).clamp(min=1e-3)
         assert (value.double() - exact[name]).abs().max() <= tolerance * scale, name
 
 
@@ -55,7 +57,7 @@ def close(ours, exact, tolerance):
 def test_every_scan_is_the_float64_loop_in_values_and_all_gradients(backend, seed, b, l, d, n, step, resets):
     args = inputs(seed, b, l, d, n, step, resets)
     exact = with_gradients(loop, {k: v.double() if v.is_floating_point() else v for k, v in args.items()})
-    close(with_gradients(selective_scan, args, backend=backend), exact, 2e-5)
+    close(with_gradients(selective_scan, args, backend=backend), exact, 1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
