@@ -29,12 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # peer -> its packages: name to import, name to install. A dash joins a peer and the way it is run.
 PEERS = {"generate": {"ours": {}, "ours, --compile": {}, "transformers": {"transformers": "transformers"},
                       "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}},
-         "training": {"ours": {}, "transformers": {"transformers": "transformers"},
-                      "transformers, mambapy": {"transformers": "transformers", "mambapy": "mambapy"}},
+         "training": {"ours": {}, "transformers, mambapy": {"transformers": "transformers", "mambapy": "mambapy"}},
          "length": {"ours": {}, "attention": {"transformers": "transformers"}}}
-FULL = dict(generate=dict(d_model=768, n_layer=24, vocab_size=65024), prompt=512, written=32, rounds=5,
+FULL = dict(generate=dict(d_model=768, n_layer=24, vocab_size=65024), prompt=512, written=32, rounds=4,
             training=dict(d_model=256, n_layer=4, vocab_size=257), batch=8, context=256,
-            lengths=[256, 1024, 4096, 16384, 65536])
+            lengths=[128, 512, 2048, 8192, 32768])
 QUICK = dict(generate=dict(d_model=32, n_layer=2, vocab_size=300), prompt=16, written=4, rounds=2,
              training=dict(d_model=32, n_layer=2, vocab_size=257), batch=2, context=16, lengths=[16, 64])
 
@@ -187,7 +186,7 @@ def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder / "training").train().to(device)
         for layer in model.backbone.layers:         # asked for in the config, it is lost on the way
-            layer.mixer.use_mambapy = "mambapy" in peer
+            layer.mixer.use_mambapy = True
     adam = torch.optim.AdamW(model.parameters())
     shape = sizes["batch"], sizes["context"] + 1
     for seed in range(10**6):
