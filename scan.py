@@ -194,7 +194,6 @@ class Chunked(torch.autograd.Function):
         return dx, d_delta, dA.T, dB, dC, dh.mT, None
 
 
-@torch.compiler.disable     # unrolled, this loop over time would compile for minutes and run no faster
 def chunked(x, delta, A, B, C, h0, reset):
     """The loop over chunks; keeps one state a chunk for the backward pass."""
     return Chunked.apply(x, delta, A, B, C, h0, reset)

@@ -57,8 +57,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
+import scan
 from mamba import Block, CheckpointError, Mamba, MambaConfig, find
-from scan import default_backend
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
@@ -384,6 +384,8 @@ class Trainer:
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
         self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
+            scan.BACKENDS["chunked"] = torch.compiler.disable(scan.chunked)
         for block in model.backbone.layers:
             if args.checkpoint_activations:
                 block.forward = partial(rerun, block.forward)
@@ -733,7 +735,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     say = print if trainer.rank == 0 else lambda *_: None
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(source.size for source in sources.values()):,} tokens of text, "
-        f"{trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n{recipe}\n{model.config}")
+        f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"
+        f"{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
             say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
