@@ -190,8 +190,8 @@ class Mixer(nn.Module):
         """
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         dt, B, C = (rms_norm(v, self.eps) for v in (dt, B, C))              # (b, l, r), (b, l, n), (b, l, n)
-        # .to: training keeps this weight in fp32 beside bf16 activations.
-        return F.linear(dt.to(x.dtype), self.dt_proj.weight.to(x.dtype)), B, C  # (b, l, d), (b, l, n), (b, l, n)
+        weight = self.dt_proj.weight.to(x.dtype)    # training keeps it in fp32 beside bf16 activations
+        return F.linear(dt.to(x.dtype), weight), B, C                       # (b, l, d), (b, l, n), (b, l, n)
 
 
 class Block(nn.Module):
@@ -308,7 +308,7 @@ class Mamba(nn.Module):
         """
         folder = Path(folder)
         new, kept = folder / ".saving", folder / ".saving" / "old"
-        tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # tied ones appear once
+        tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # a tied one once
         try:
             shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
             kept.mkdir(parents=True)
