@@ -72,12 +72,12 @@ def flag(default, help, low=0, high=2**60):
 @dataclass(frozen=True)
 class Recipe:
     """One training run; lengths are in tokens. The defaults are ours: three minutes on two CPU cores."""
-    total_tokens: int = flag(900_000, "the whole run; its phases and stages, unless given, scale with it", 1)
-    warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
-    ramp_tokens: int = flag(150_000, "batch size from its start to its end")
-    decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")
-    batch_start: int = flag(4, "sequences in the first step", 1, 2**20)
-    batch_end: int = flag(16, "sequences in a step after the ramp", 1, 2**20)
+    total_tokens: int = flag(1_200_000, "the run; its phases and stages, unless given, scale with it", 1)
+    warmup_tokens: int = flag(40_000, "learning rate from 0 to its peak")
+    ramp_tokens: int = flag(200_000, "batch size from its start to its end")
+    decay_tokens: int = flag(400_000, "the last part, in which the learning rate decays")
+    batch_start: int = flag(2, "sequences in the first step", 1, 2**20)
+    batch_end: int = flag(8, "sequences in a step after the ramp", 1, 2**20)
     stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,400000")
     context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
     mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one text a stage")
@@ -186,7 +186,7 @@ def byte_tokenizer() -> Tokenizer:
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has at hand."""
     root = Path(sysconfig.get_path("stdlib"))
-    others = {"site-packages", "test", "tests"}
+    others = {"site-packages", "test", "tests", "encodings", "pydoc_data"}      # the last two are tables
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
 
 
@@ -222,7 +222,8 @@ class Source:
         if self.bin:
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
-            parts, wanted = [np.zeros(0, np.uint32)], recipe.total_tokens * 4
+            wanted = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
+            parts = [np.zeros(0, np.uint32)]
             for part in tokenized(paths, tokenizer, recipe.seed):
                 parts.append(part)
                 wanted -= len(part)
@@ -753,7 +754,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
     model = Mamba.from_pretrained(args.out, args.device)
     text = tokenizer.encode("def ", add_special_tokens=False).ids
-    for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.6, stop=end):
+    for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.8, stop=end):
         text += token.tolist()
     say(tokenizer.decode(text))
 

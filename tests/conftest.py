@@ -7,6 +7,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from hypothesis import settings
+
+# The same examples everywhere, so that a failure can be repeated; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if not torch.cuda.is_available():   # Triton reads this when its kernels are decorated, so before its first import
     os.environ["TRITON_INTERPRET"] = "1"

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --total-tokens 20000 --warmup-tokens 1000 "
+SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --batch-start 4 --batch-end 16 "
+         "--total-tokens 20000 --warmup-tokens 1000 "
          "--ramp-tokens 4000 --decay-tokens 8000 --checkpoint-every 3 --eval-every 8 --device cpu").split()
 
 

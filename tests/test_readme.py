@@ -1,0 +1,140 @@
+"""The README is true: its commands run, what it names exists, and its figures and pictures are the code's."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+import draw
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
+FILES = ["scan.py", "scan_triton.py", "mamba.py", "sample.py", "train.py"]
+
+# Every command of the README, and what runs here in its place where it would take a network, hundreds of GPUs or
+# minutes: the same files and flags at a small size.
+SHORT = "--context 16 --total-tokens 400 --batch-start 1 --batch-end 2 --device cpu"
+TINY = f"{SHORT} --d-model 16 --n-layer 1"
+RUNS = {
+    "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt":
+        "python -m pip install --dry-run --no-index --quiet -r requirements.txt",       # a line of .ci/run, too
+    "python train.py": f"python train.py {TINY}",
+    'python sample.py --model out --prompt "def "': 'python sample.py --model out --prompt "def " --max-new-tokens 4',
+    "python -m pytest": "python -m pytest -q tests/test_scan.py -k nothing_passes_a_reset",
+    'python sample.py --prompt "Hello today" --temperature 0':
+        'python sample.py --prompt "Hello today" --temperature 0 --model out --max-new-tokens 4',
+    "python sample.py --prompt - --save-state story.state < README.md":
+        "python sample.py --prompt - --save-state story.state --model out --max-new-tokens 4 < README.md",
+    'python sample.py --load-state story.state --prompt " In short," --num-samples 3':
+        'python sample.py --load-state story.state --prompt " In short," --num-samples 3 --model out --max-new-tokens 4',
+    "python tests/bench.py": "python tests/bench.py training --quick",
+    "python train.py --data code=src/:0.7 --data prose=books/:0.3 --out mine --total-tokens 20_000_000 --d-model 256":
+        f"python train.py --data code=src/:0.7 --data prose=books/:0.3 --out mine {TINY}",
+    "python train.py --data books/ --tokenize-to books.bin": "",                        # as it stands
+    "python train.py --eval-only --init-from mine --data books.bin":
+        "python train.py --eval-only --init-from mine --data books.bin --context 16 --device cpu",
+    "python train.py --recipe falcon-mamba-7b --plan --world-size 256": "",
+    "python train.py --data my.bin --tokenizer tokenizer.json --d-model 1024 --n-layer 24 --out gpu":
+        f"python train.py --data my.bin --tokenizer out/tokenizer.json --out gpu {TINY}",
+    "torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --micro-batch 1 --checkpoint-activations":
+        "torchrun --nproc-per-node 2 train.py --recipe continue --data my.bin --micro-batch 1 --checkpoint-activations "
+        f"--init-from out --out continued {SHORT}",
+    "torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint host:29500 train.py "
+    "--recipe falcon-mamba-7b --data web=web.bin --data technical=technical.bin --data code=code.bin "
+    "--data math=math.bin --data edu=edu.bin --resume":
+        "torchrun --nnodes 1 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 train.py "
+        "--recipe falcon-mamba-7b --data web=web.bin --data technical=technical.bin --data code=code.bin "
+        f"--data math=math.bin --data edu=edu.bin --resume --out whole {TINY}",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the project with the reader's own texts in it."""
+    place = tmp_path_factory.mktemp("reader")
+    for name in [*FILES, "README.md", "requirements.txt"]:
+        shutil.copy(ROOT / name, place)
+    shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("src", "books"):
+        (place / folder).mkdir()
+        for i in range(8):
+            (place / folder / f"{i}.txt").write_text(f"Text number {i}, one of several. " * 40)
+    for name in ("my", "web", "technical", "code", "math", "edu"):
+        np.tile(np.array([*range(97, 123), 256], np.uint16), 300).tofile(place / f"{name}.bin")
+    return place
+
+
+def run(place: Path, command: str) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                                "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_command_is_tried_below():
+    assert set(COMMANDS) == set(RUNS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)       # in the README's order, as some need what others make
+def test_the_command_runs(place, command):
+    run(place, RUNS[command] or command)
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_the_python_runs(place, block):
+    if not (place / "out").exists():
+        run(place, RUNS["python train.py"])
+    (place / "block.py").write_text(block)
+    run(place, "python block.py")
+
+
+def test_ci_runs_the_readmes_own_lines():
+    assert all(line in (ROOT / ".ci" / "run").read_text() for line in ("python -m pytest", "-r requirements.txt"))
+
+
+def test_the_table_counts_the_lines_of_each_file():
+    table = dict(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M))
+    assert table == {name: str(len((ROOT / name).read_text(encoding="utf-8").splitlines())) for name in FILES}
+
+
+def test_what_it_names_exists():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`(?:python )?((?:tests/)?\w+\.py)", README):
+        assert (ROOT / name).exists(), name
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+
+
+def test_its_flags_exist(place):
+    """Those that the prose names; the commands are run."""
+    help = "".join(run(place, f"python {name} --help") for name in ("train.py", "sample.py"))
+    for flag in re.findall(r"`(?:[\w. ]+ )?(--[a-z][a-z0-9-]*)", README):
+        assert f"{flag} " in help or f"{flag}," in help or f"{flag}\n" in help, flag
+
+
+@pytest.mark.parametrize("name", draw.PICTURES)
+def test_the_picture_is_what_draw_py_draws(name):
+    assert (ROOT / "assets" / name).read_text(encoding="utf-8") == draw.PICTURES[name]()
+    assert f"(assets/{name})" in README
+
+
+def test_the_speed_tables_are_the_figures_that_bench_py_kept():
+    found = json.loads((ROOT / "assets" / "bench.json").read_text())
+    assert found["machine"] in README
+    for name in ("generate", "training"):
+        assert bench.tables(found)[name] in README, bench.tables(found)[name]
+
+
+def test_it_can_be_read_in_an_evening():
+    assert len(README.splitlines()) < 300
