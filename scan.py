@@ -161,7 +161,7 @@ class Chunked(torch.autograd.Function):
             h = h.clone()                                            # out of the buffer
             y[:, now] = (C_[:, :, None] @ hs)[:, :, 0]
         ctx.save_for_backward(x, delta, A, B, C, reset, *starts)
-        return y, h.mT
+        return y, h.mT.contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
