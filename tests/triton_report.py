@@ -26,35 +26,31 @@ LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and S
 FP32, BF16, INT = "*fp32", "*bf16", "i32"
 ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}    # in bf16; the rest is fp32
 KERNELS = {                                 # label: kernel, its constants beyond those in build, warps
-    "pass 1: reduce": ("scan_kernel", dict(enter_ptr=None, y_ptr=None), 1),
-    "pass 2: carry": ("carry_kernel", dict(final_ptr=None, FROM_END=False, ELEMENTS=128), 4),
-    "pass 3: scan": ("scan_kernel", dict(decay_ptr=None), 1),
-    "backward: replay": ("replay_kernel", {}, 1),
-    "backward: carry": ("carry_kernel", dict(FROM_END=True, ELEMENTS=128), 4),
-    "backward: adjoint": ("adjoint_kernel", {}, 1),
-    "one token: step": ("step_kernel", {}, 1),
+    "pass 1: reduce": ("scan_kernel", dict(dy_ptr=None, enter_ptr=None, y_ptr=None, kept_ptr=None)),
+    "pass 2: carry": ("carry_kernel", dict(FROM_END=False)),
+    "pass 3: scan": ("scan_kernel", dict(dy_ptr=None, decay_ptr=None)),
+    "backward: replay": ("scan_kernel", {}),
+    "backward: carry": ("carry_kernel", dict(FROM_END=True)),
+    "backward: adjoint": ("adjoint_kernel", {}),
+    "one token: step": ("step_kernel", {}),
 }
 
 
 def build(label: str, target: str, reset: bool = False):
     """Compile one kernel with the 7B's constants, for x and z that are halves of one projection's output."""
-    name, constants, warps = KERNELS[label]
+    name, constants = KERNELS[label]
     kernel = getattr(st, name)
-    constants = dict(constants, N=n, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
-    if name == "step_kernel":
-        constants.update(n=n)
-    else:
-        constants.update(d=d, x_row=2 * d, dt_row=d, z_row=2 * d, dy_row=d)
+    constants = dict(constants, d=d, n=n, N=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
     if not reset:
         constants.update(reset_ptr=None)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    kinds = {k: INT if not k.endswith("_ptr") else "*u8" if k == "reset_ptr" else BF16 if k in ROWS else FP32
+    kinds = {k: INT if not k.endswith("_ptr") else "*i1" if k == "reset_ptr" else BF16 if k in ROWS else FP32
              for k in kernel.arg_names}
     signature = {k: "constexpr" if k in constants else kinds[k] for k in kernel.arg_names}
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what Triton finds out for itself at a launch
                if p.name.endswith("_ptr") and p.name not in constants and not p.do_not_specialize_on_alignment}
     return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                          target=TARGETS[target], options={"num_warps": warps})
+                          target=TARGETS[target], options={"num_warps": 1, "enable_fp_fusion": True})
 
 
 def tool(name: str, *args: str) -> str:
@@ -144,7 +140,7 @@ def memory() -> tuple[int, int]:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    real = {name: getattr(st, name) for name in ("replay_kernel", "carry_kernel", "adjoint_kernel")}
+    real = {name: getattr(st, name) for name in ("scan_kernel", "carry_kernel", "adjoint_kernel")}
     for name in real:
         setattr(st, name, Stub())
     try:
@@ -152,9 +148,10 @@ def memory() -> tuple[int, int]:
             wide = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
             x, dt, z, dy, B, C = *(wide(b, l, d) for _ in range(4)), wide(b, l, n), wide(b, l, n)
             A, D, bias = (torch.empty(s, device="meta") for s in ((d, n), (d,), (d,)))
-            enter = torch.empty(b, chunks(), n, d, device="meta")
+            h = torch.empty(b, d, n, device="meta")
+            enter = torch.empty(b, chunks(), d // st.CHANNELS, n, st.CHANNELS, device="meta")
             before = live.now
-            grads = st.scan_backward._init_fn(x, dt, A, B, C, D, z, bias, None, None, enter, dy, None)
+            grads = st.scan_backward._init_fn(x, dt, A, B, C, D, bias, h, z, None, enter, dy, h)
             return enter.nbytes, live.peak - before - sum(g.nbytes for g in grads)
     finally:
         for name, kernel in real.items():
