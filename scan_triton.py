@@ -35,7 +35,7 @@ except ImportError:
 CHANNELS = 32        # channels a program: one warp, one thread a channel, so sums over n stay inside a thread
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
-SCRATCH = 500e6      # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
+SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # one compilation serves them all
 
@@ -287,11 +287,11 @@ def unpack(t: Tensor, d: int, n: int) -> Tensor:
 
 def prepare(x, dt, A, B, C, D, dt_bias, z, reset) -> tuple[list, dict]:
     """The first nine arguments of both big kernels, and the sizes they share."""
-    (_, l, d), n, N = x.shape, A.shape[1], triton.next_power_of_2(A.shape[1])
+    (_, l, d), extra = x.shape, triton.next_power_of_2(A.shape[1]) - A.shape[1]
     x, dt, z, reset = (t if t is None else t.contiguous() for t in (x, dt, z, reset))
-    B, C = (F.pad(t.float(), (0, N - n, 0, -l % STEPS)).contiguous() for t in (B, C))    # 0 adds nothing
+    B, C = (F.pad(t.float(), (0, extra, 0, -l % STEPS)).contiguous() for t in (B, C))    # 0 adds nothing
     D, dt_bias = (F.pad(t.float(), (0, -d % CHANNELS)).contiguous() for t in (D, dt_bias))
-    return [x, dt, z, pack(A * LOG2E.value), B, C, D, dt_bias, reset], dict(l=l, d=d, N=N, STEPS=STEPS)
+    return [x, dt, z, pack(A) * LOG2E.value, B, C, D, dt_bias, reset], dict(l=l, d=d, N=A.shape[1] + extra, STEPS=STEPS)
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -326,14 +326,15 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
         carry(start, decay, enter, from_end=False)
     y, kept, end = new(x.shape, dtype=x.dtype), new(chunk // keep, *states), new(states)
     launch(scan_kernel, programs, *inputs, None, enter, y, kept, end, None, **sizes)
-    return y, unpack(end[:, -1], d, n).contiguous(), kept.movedim(0, 2).flatten(1, 2)
+    kept = kept.movedim(0, 2).flatten(1, 2)[:, :triton.cdiv(l, keep)].contiguous()
+    return y, unpack(end[:, -1], d, n).contiguous(), kept
 
 
 @scan.register_fake
 def _(x, dt, A, B, C, D, dt_bias, h0, z, reset):
-    (b, l, d), new, (chunk, keep) = x.shape, partial(x.new_empty, dtype=torch.float32), cut_time(x)
+    (b, l, d), new = x.shape, partial(x.new_empty, dtype=torch.float32)
     tile = triton.cdiv(d, CHANNELS), triton.next_power_of_2(A.shape[1]), CHANNELS
-    return x.new_empty(b, l, d), new(b, *A.shape), new(b, triton.cdiv(l, chunk) * (chunk // keep), *tile)
+    return x.new_empty(x.shape), new(b, *A.shape), new(b, triton.cdiv(l, cut_time(x)[1]), *tile)
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=())
@@ -342,24 +343,23 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     """The gradients of the first nine, or eight without z."""
     grads = dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
     inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    (b, l, d), n, (_, chunk), (_, _, tiles, N, _) = x.shape, A.shape[1], cut_time(x), kept.shape
+    (b, l, d), n, (_, chunk), (_, total, tiles, N, _) = x.shape, A.shape[1], cut_time(x), kept.shape
     new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), pack(dh), 0
-    bytes_a_chunk = 4 * b * chunk * tiles * N * (CHANNELS / STEPS + 2)     # a state a block; sums for dB, dC
-    group = int(max(1, SCRATCH // max(1, bytes_a_chunk)))
-    for k in reversed(range(0, triton.cdiv(l, chunk), group)):
-        enter, since = kept[:, k:min(k + group, triton.cdiv(l, chunk))].contiguous(), k * chunk
-        chunks = enter.shape[1]
+    bytes_a_chunk = 4 * b * chunk * tiles * N * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
+    group = max(1, SCRATCH // max(1, bytes_a_chunk))
+    for k in reversed(range(0, total, group)):
+        enter, since, chunks = kept[:, k:k + group].contiguous(), k * chunk, min(group, total - k)
         sizes.update(since=since, chunk=chunk, chunks=chunks)
         blocks, local, decay = new(chunk // STEPS, *enter.shape), new(enter.shape), new(enter.shape)
-        dBC, dADb = new(b, chunks, tiles, chunk, 2, N), new(b, chunks, tiles, N + 2, CHANNELS)
+        dBC, part = new(b, chunks, tiles, chunk, 2, N), new(b, chunks, tiles, N + 2, CHANNELS)
         launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
         dh = carry(dh, decay, local, from_end=True)
-        launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, dADb, **sizes)
+        launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
         dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since, :, :n].unbind(2)
-        sums = sums + dADb.sum((0, 1))                                     # (tiles, N + 2, CHANNELS)
-        del enter, blocks, local, decay, dBC, dADb                         # free again for the next group
+        sums = sums + part.sum((0, 1))                                     # (tiles, N + 2, CHANNELS)
+        del enter, blocks, local, decay, dBC, part                         # free again for the next group
     for grad, value in ((dA, unpack(sums[:, :N], d, n)), (dD, sums[:, N].flatten()[:d]),
                         (dbias, sums[:, N + 1].flatten()[:d]), (dh0, unpack(dh, d, n))):
         grad.copy_(value)
@@ -380,12 +380,7 @@ def backward(ctx, dy, dh, _):
     return *grads, *[None] * (10 - len(grads))
 
 
-def refuse(*_):
-    raise NotImplementedError('the Triton scan has no second derivative: use backend="naive" for that')
-
-
 scan.register_autograd(backward, setup_context=keep_inputs)
-scan_backward.register_autograd(refuse)
 
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",))
@@ -412,12 +407,10 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ma
                          "set TRITON_INTERPRET=1 before Python starts, which runs it on the CPU, slowly")
     D, dt_bias = (A.new_zeros(len(A)) if v is None else v for v in (D, dt_bias))
     h0 = A.new_zeros(len(x), *A.shape, dtype=torch.float32) if h0 is None else h0
-    inputs = x, dt, A, B, C, D, dt_bias
-    if x.shape[1] == 1 and not (torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (*inputs, h0, z))):
+    if x.shape[1] == 1 and not torch.is_grad_enabled():                    # decoding
         h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return step(*inputs, h, z, reset), h
-    return scan(*inputs, h0, z, reset)[:2]
+        return step(x, dt, A, B, C, D, dt_bias, h, z, reset), h
+    return scan(x, dt, A, B, C, D, dt_bias, h0, z, reset)[:2]
 
 
 if __name__ == "__main__":
