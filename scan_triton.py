@@ -5,7 +5,7 @@
     y_t = (C_t . h_t + D x_t) * SiLU(z_t)              (Mamba Eq. 2b, with skip and gate)
 
 Read scan.py first: it says this as a loop. mamba.py, next, calls it. Sizes: b batch, l length, d channels, n
-states a channel, N: n padded to a power of two. States and sums are fp32 whatever comes in.
+states a channel, N: n padded to a power of two. States and sums are in fp32.
 
 The one idea. A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in
 memory. But a sequence of the 7B gives 8192 threads, and an H100 wants ten times as many. So time is cut into
@@ -17,8 +17,8 @@ When the batch alone fills the GPU there is one chunk, and passes 1 and 2 fall a
 keeps a state every 256 steps or so, and from these the backward runs the same machine from the end.
 
 `python scan_triton.py` compiles it all for an H100, GPU or not, and prints what it costs. These kernels are
-verified in Triton's interpreter (TRITON_INTERPRET=1 runs them on the CPU) and compiled for H100, A100, MI300.
-They have not been timed on one: the times printed without a GPU are estimates from counted instructions.
+verified in Triton's interpreter (TRITON_INTERPRET=1 runs them on the CPU) and compiled for H100, A100, MI300,
+not yet timed on one: without a GPU the times printed are estimates from counted instructions.
 """
 from functools import partial
 
@@ -37,6 +37,7 @@ STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjo
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
+ENDLESS = tl.constexpr(1e30)                  # the step on which a document starts: it forgets everything
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # one compilation serves them all
 
 
@@ -67,20 +68,11 @@ def silu(z, z_ptr):
 
 @triton.jit
 def load_steps(ptr, at, left, d: tl.constexpr, other: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used. Past the end of the chunk they read as `other`.
+    # A block's rows, all requested before the first is used: `other` past the end, 0 without such a tensor.
     rows = ()
     for s in tl.static_range(STEPS):
         rows += (0.0 if ptr is None else tl.load(ptr + at + s * d, s < left, other).to(tl.float32),)
     return rows
-
-
-@triton.jit
-def load_jump(reset_ptr, at, mask):
-    # Added to the exponent of the decay: -inf where a document starts makes the decay exactly 0.
-    jump = 0.0
-    if reset_ptr is not None:
-        jump = tl.where(tl.load(reset_ptr + at, mask=mask, other=0) != 0, float("-inf"), 0.0)
-    return jump
 
 
 @triton.jit
@@ -109,15 +101,15 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
                 dy_ptr,                # (b, l, d): the backward, which begins with this walk too; else None
                 enter_ptr,             # (b, chunks) tiles: what enters each chunk; None: zero
                 y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
-                kept_ptr,              # (chunk / keep, b, chunks) tiles out: h before each keep steps; or None
+                kept_ptr,              # (chunk / keep, b, chunks) tiles out: h before keep steps each; or None
                 end_ptr,               # (b, chunks) tiles out: what leaves each chunk; backward: its local dh
                 decay_ptr,             # (b, chunks) tiles out: each chunk's decay; or None
                 l, since, chunk, chunks, keep, d: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
                 STEPS: tl.constexpr):
     c, n, seq, first, end, until, tile, state, A, D, bias = begin(
         A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d, N, CHANNELS)
-    h, decay = tl.zeros((N, CHANNELS), tl.float32), tl.full((N, CHANNELS), 1.0, tl.float32)
-    dh = tl.zeros((N, CHANNELS), tl.float32)
+    h, dh = tl.zeros((N, CHANNELS), tl.float32), tl.zeros((N, CHANNELS), tl.float32)
+    decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
         h = tl.load(enter_ptr + state)
     for t in range(first, end, STEPS):
@@ -131,17 +123,19 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
         dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)   # delta = 0 past the end: no change
         zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
         gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
+        resets = load_steps(reset_ptr, seq * l + t, end - t, 1, 0.0, STEPS)
         ys = ()
         for s in tl.static_range(STEPS):
-            delta, jump = softplus(dts[s] + bias), load_jump(reset_ptr, seq * l + t + s, t + s < end)
+            delta = softplus(dts[s] + bias)
             B, C = tl.load(B_ptr + at_BC + s * N), tl.load(C_ptr + at_BC + s * N)
-            a = tl.exp2(delta[None, :] * A + jump)
+            a = tl.exp2((delta + resets[s] * ENDLESS)[None, :] * A)
             h = a * h + (delta * xs[s])[None, :] * B[:, None]
-            decay *= a
+            time += delta + resets[s] * ENDLESS
             y = tl.sum(C[:, None] * h, 0) + D * xs[s]
             if dy_ptr is None:
                 ys += (y * silu(zs[s], z_ptr),)
             else:
+                decay *= a
                 dh += decay * (gs[s] * silu(zs[s], z_ptr))[None, :] * C[:, None]
                 if z_ptr is not None:
                     gate = tl.sigmoid(zs[s])
@@ -151,7 +145,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
                 tl.store(y_ptr + at + s * d, ys[s], mask=s < left)
     tl.store(end_ptr + state, h if dy_ptr is None else dh)
     if decay_ptr is not None:
-        tl.store(decay_ptr + state, decay)
+        tl.store(decay_ptr + state, tl.exp2(time[None, :] * A) if dy_ptr is None else decay)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -181,12 +175,10 @@ def carry_kernel(start_ptr,            # (b, size) what enters the first chunk (
 # h runs forward, dh runs back, and h cannot be run back: that would divide by decays. So scan_kernel walks
 # each chunk once more and leaves h every STEPS steps in scratch. What a chunk adds to dh takes no more than
 # decays, so the same walk sums it: (a_1 ... a_t) C_t g_t over the chunk's t. carry_kernel turns that into the
-# dh that enters each chunk from its end, and adjoint_kernel walks back, a block's states at a time in
-# registers.
+# dh that enters each chunk from its end, and adjoint_kernel walks back, a block's states in registers.
 #
-# dB and dC are sums over channels: with a thread a channel, 32 threads would exchange 32 sums a step, 160
-# shuffles. Here the compiler does know the pointers to be aligned and gives a thread 4 states of 4 channels:
-# 40 shuffles.
+# dB and dC are sums over channels: with a thread a channel they would take 160 shuffles a step. Here the
+# compiler does know the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, dy_ptr,
                    blocks_ptr,         # (chunk / STEPS, b, chunks) tiles: what enters each block
@@ -209,13 +201,13 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
         dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)
         zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
         gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
+        resets = load_steps(reset_ptr, seq * l + t, end - t, 1, 0.0, STEPS)
         h = tl.load(blocks_ptr + block * N * CHANNELS + state)
         deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
-            jump = load_jump(reset_ptr, seq * l + t + s, t + s < end)
-            us += (tl.exp2(deltas[s][None, :] * A + jump) * h,)
+            us += (tl.exp2((deltas[s] + resets[s] * ENDLESS)[None, :] * A) * h,)
             h = us[s] + ws[s][None, :] * tl.load(B_ptr + at_BC + s * N)[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
             # The mask changes nothing, but the compiler cannot know. It would keep each a_t of the walk above
@@ -234,7 +226,7 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
             dbias += ddt
             tl.store(dx_ptr + at + s * d, delta * sum_B + D * g, mask=s < left)
             tl.store(ddt_ptr + at + s * d, ddt, mask=s < left)
-            dh *= tl.exp2(delta[None, :] * A + load_jump(reset_ptr, seq * l + t + s, t + s < end))
+            dh *= tl.exp2((delta + resets[s] * ENDLESS)[None, :] * A)
     sums = sums_ptr + p * (N + 2) * CHANNELS
     tl.store(sums + tile, dA)
     tl.store(sums + N * CHANNELS + tl.arange(0, CHANNELS), dD)
@@ -255,8 +247,9 @@ def step_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
     C = tl.load(C_ptr + seq * n + i, i < n, 0.0).to(tl.float32)
     x, dt = tl.load(x_ptr + at, c < d, 0.0).to(tl.float32), tl.load(dt_ptr + at, c < d, 0.0).to(tl.float32)
     delta = softplus(dt + tl.load(bias_ptr + c, c < d, 0.0))
-    h = tl.exp2(delta[:, None] * (A * LOG2E) + load_jump(reset_ptr, seq, True)) * h
-    h += (delta * x)[:, None] * B[None, :]
+    if reset_ptr is not None:
+        h = tl.where(tl.load(reset_ptr + seq), 0.0, h)
+    h = tl.exp2(delta[:, None] * (A * LOG2E)) * h + (delta * x)[:, None] * B[None, :]
     y = tl.sum(C[None, :] * h, 1) + tl.load(D_ptr + c, c < d, 0.0) * x
     if z_ptr is not None:
         y *= silu(tl.load(z_ptr + at, c < d, 0.0).to(tl.float32), z_ptr)
@@ -291,7 +284,8 @@ def prepare(x, dt, A, B, C, D, dt_bias, z, reset) -> tuple[list, dict]:
     x, dt, z, reset = (t if t is None else t.contiguous() for t in (x, dt, z, reset))
     B, C = (F.pad(t.float(), (0, extra, 0, -l % STEPS)).contiguous() for t in (B, C))    # 0 adds nothing
     D, dt_bias = (F.pad(t.float(), (0, -d % CHANNELS)).contiguous() for t in (D, dt_bias))
-    return [x, dt, z, pack(A) * LOG2E.value, B, C, D, dt_bias, reset], dict(l=l, d=d, N=A.shape[1] + extra, STEPS=STEPS)
+    A = pack(A) * LOG2E.value                                              # (tiles, N, CHANNELS)
+    return [x, dt, z, A, B, C, D, dt_bias, reset], dict(l=l, d=d, N=A.shape[1], STEPS=STEPS)
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -371,16 +365,13 @@ def empty_grads(*inputs):
     return [t.new_empty(t.shape) for t in inputs[:9] if t is not None]
 
 
-def keep_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[2])
-
-
 def backward(ctx, dy, dh, _):
     grads = scan_backward(*ctx.saved_tensors, dy, dh)
     return *grads, *[None] * (10 - len(grads))
 
 
-scan.register_autograd(backward, setup_context=keep_inputs)
+scan.register_autograd(backward, setup_context=lambda ctx, inputs, output:
+                       ctx.save_for_backward(*inputs, output[2]))
 
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",))
