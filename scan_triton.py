@@ -101,7 +101,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
                 dy_ptr,                # (b, l, d): the backward, which begins with this walk too; else None
                 enter_ptr,             # (b, chunks) tiles: what enters each chunk; None: zero
                 y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
-                kept_ptr,              # (chunk / keep, b, chunks) tiles out: h before keep steps each; or None
+                kept_ptr,              # (chunk / keep, b, chunks) tiles out: what enters each part; or None
                 end_ptr,               # (b, chunks) tiles out: what leaves each chunk; backward: its local dh
                 decay_ptr,             # (b, chunks) tiles out: each chunk's decay; or None
                 l, since, chunk, chunks, keep, d: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
@@ -112,13 +112,15 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
         h = tl.load(enter_ptr + state)
+    due, kept = first, seq * 0                     # the step to keep h at next, and the tiles kept before
     for t in range(first, end, STEPS):
         left, at = until - t, (seq * l + t) * d + c
         at_BC = (seq * tl.cdiv(l, STEPS) * STEPS + t) * N + n
         if kept_ptr is not None:
-            if dy_ptr is not None or (t - first) % keep == 0:
-                part = (t - first) // keep * tl.num_programs(0).to(tl.int64)
-                tl.store(kept_ptr + part * N * CHANNELS + state, h)
+            if dy_ptr is not None or t == due:
+                tl.store(kept_ptr + kept * N * CHANNELS + state, h)
+                due += keep
+                kept += tl.num_programs(0)
         xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
         dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)   # delta = 0 past the end: no change
         zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
@@ -248,7 +250,7 @@ def step_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
     x, dt = tl.load(x_ptr + at, c < d, 0.0).to(tl.float32), tl.load(dt_ptr + at, c < d, 0.0).to(tl.float32)
     delta = softplus(dt + tl.load(bias_ptr + c, c < d, 0.0))
     if reset_ptr is not None:
-        h = tl.where(tl.load(reset_ptr + seq), 0.0, h)
+        h = tl.where(tl.load(reset_ptr + seq) != 0, 0.0, h)
     h = tl.exp2(delta[:, None] * (A * LOG2E)) * h + (delta * x)[:, None] * B[None, :]
     y = tl.sum(C[None, :] * h, 1) + tl.load(D_ptr + c, c < d, 0.0) * x
     if z_ptr is not None:
@@ -263,7 +265,8 @@ Maybe = Tensor | None
 
 
 def launch(kernel, programs: int, *args, **sizes) -> None:
-    with torch.cuda.device_of(args[0]):      # Triton launches on the current device, which may be another
+    # Triton launches on the current device, which may be another. A grid's y and z end at 65535: x alone.
+    with torch.cuda.device_of(args[0]):
         kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1, enable_fp_fusion=True)
 
 

@@ -213,6 +213,17 @@ def test_an_empty_batch_has_an_empty_result(l):
         assert selective_scan(**p)[0].shape == (0, l, 3)
 
 
+def test_every_input_may_be_in_16_bits():
+    p = problem(1, 5, 3, 2, dtype=torch.bfloat16)
+    check({k: v.detach().bfloat16().requires_grad_() for k, v in p.items()})
+    with torch.no_grad():
+        token = {k: v[:, :1] if v.dim() == 3 and k != "h0" else v for k, v in p.items()}
+        y, h = selective_scan(**{k: v.bfloat16() for k, v in token.items()})
+        exact = loop(**{k: v.bfloat16().double() for k, v in token.items()})
+    assert (y - exact[0]).abs().max() <= 8e-3 * exact[0].abs().max() and h.dtype == torch.float32
+    assert (h - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max()
+
+
 def test_autocast_leaves_the_arithmetic_in_fp32():
     p = problem(1, 5, 3, 2)
     plain = results(selective_scan, p, None)
@@ -315,10 +326,10 @@ def test_no_gradient_flows_through_what_was_not_used():
 
 
 def test_the_operators_are_good_citizens():
-    p = problem(1, 5, 3, 2)
-    reset = some_resets(1, 5)
+    p = problem(1, 9, 3, 2)
+    reset = some_resets(1, 9)
     inputs = [p[k] for k in NAMES]
-    with in_chunks(2):
+    with in_chunks(1):                # one chunk, two kept states
         torch.library.opcheck(scan_triton.scan, (*inputs, reset))
         plain = [t.detach() for t in inputs]
         y, h, kept = scan_triton.scan(*plain, reset)
