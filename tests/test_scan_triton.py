@@ -1,7 +1,8 @@
 """The Triton scan against the recurrence, written once more here as a loop in float64.
 
-Without a GPU the kernels run in Triton's interpreter, one Python step for each GPU step, so all shapes are tiny. With
-one, the same tests run compiled. Tolerances are relative to the largest value of what is compared, per dtype.
+Without a GPU the kernels run in Triton's interpreter, one Python step for each GPU step, so all shapes are
+tiny. With one, the same tests run compiled. Tolerances are relative to the largest value of what is compared,
+per dtype.
 """
 import os
 import subprocess
@@ -16,16 +17,17 @@ from torch.nn.functional import silu, softplus
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:    # Triton reads this when a kernel is decorated, its own library's included: so before its first import
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this file before triton"
+if not GPU:    # Triton reads this when a kernel is decorated, its own library's too: before its first import
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this first"
     os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 import scan_triton
 from scan_triton import selective_scan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}    # in 16 bits: the last bit
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: graphs and timing have no interpreter")
-NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0")
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "h0", "z")      # as the operators take them
 
 
 def loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
@@ -36,8 +38,9 @@ def loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
     for t in range(x.shape[1]):
         if reset is not None:
             h = h * ~reset[:, t, None, None]
-        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None]    # (b, d, n)
-        ys.append((h * C[:, t, None]).sum(-1))                                                              # (b, d)
+        drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
+        h = torch.exp(delta[:, t, :, None] * A) * h + drive          # (b, d, n)
+        ys.append((h * C[:, t, None]).sum(-1))                       # (b, d)
         if D is not None:
             ys[-1] = ys[-1] + D * x[:, t]
         if z is not None:
@@ -48,7 +51,8 @@ def loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
 def problem(b, l, d, n, seed=0, dtype=torch.float32, without=()):
     """Random inputs that require gradients; x, dt, z, B and C in `dtype`."""
     g = torch.Generator().manual_seed(seed)
-    shapes = dict(x=(b, l, d), dt=(b, l, d), B=(b, l, n), C=(b, l, n), D=(d,), z=(b, l, d), dt_bias=(d,), h0=(b, d, n))
+    shapes = dict(x=(b, l, d), dt=(b, l, d), B=(b, l, n), C=(b, l, n), D=(d,), z=(b, l, d), dt_bias=(d,),
+                  h0=(b, d, n))
     p = {k: torch.randn(s, generator=g) for k, s in shapes.items() if k not in without}
     p["A"] = -torch.rand(d, n, generator=g) * 4 - 0.01
     low = ("x", "dt", "z", "B", "C")
@@ -61,9 +65,10 @@ def some_resets(b, l, seed=0, share=0.2):
 
 @contextmanager
 def in_chunks(k):
-    """Force the number of chunks."""
+    """Force the number of chunks, and short ones to keep several states."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan_triton, "chunk_count", lambda b, l, d, sm_count: k)
+        patch.setattr(scan_triton, "KEEP", 6)
         yield patch
 
 
@@ -71,8 +76,8 @@ def results(scan, p, reset, seed=0):
     """y, h and the gradients of a loss that weighs every y and every h."""
     g = torch.Generator().manual_seed(seed + 1)
     y, h = scan(**p, reset=reset)
-    weights = [torch.randn(t.shape, generator=g).bfloat16().to(DEVICE, h.dtype) for t in (y, h)]    # exact in each dtype
-    grads = torch.autograd.grad((y.to(h.dtype) * weights[0]).sum() + (h * weights[1]).sum(), list(p.values()))
+    dy, dh = (torch.randn(t.shape, generator=g).bfloat16().to(DEVICE, h.dtype) for t in (y, h))  # exact
+    grads = torch.autograd.grad((y.to(h.dtype) * dy).sum() + (h * dh).sum(), list(p.values()))
     return dict(y=y, h=h, **{"d" + k: v for k, v in zip(p, grads)})
 
 
@@ -91,7 +96,7 @@ def check(p, reset=None, seed=0, tolerance=None):
 sizes = dict(b=some.integers(1, 2), l=some.integers(1, 14), d=some.integers(1, 40), n=some.integers(1, 6),
              k=some.integers(1, 4), seed=some.integers(0, 999))
 
-quick = settings(deadline=None, derandomize=True, phases=[Phase.generate])    # shrinking takes minutes in the interpreter
+quick = settings(deadline=None, derandomize=True, phases=[Phase.generate])    # shrinking would take minutes
 
 
 @settings(quick, max_examples=9)
@@ -153,25 +158,104 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_the_backward_in_slices_of_channels_is_the_backward():
-    p, reset = problem(1, 6, 70, 2), some_resets(1, 6)
+def test_the_backward_in_groups_of_chunks_is_the_backward():
+    p, reset = problem(2, 14, 35, 2), some_resets(2, 14)
     with in_chunks(2) as patch:
-        patch.setattr(scan_triton, "SCRATCH", 1)      # 32 channels at a time, then 6
+        patch.setattr(scan_triton, "SCRATCH", 1)      # one chunk at a time
         check(p, reset)
 
 
-def test_slices_of_projections_are_read_where_they_lie():
+def test_strides_of_inputs_and_gradients_change_nothing():
     p = problem(2, 6, 4, 2)
-    xz = torch.cat([p["x"], p["z"]], 2).detach().requires_grad_()
-    rest = torch.cat([p["dt"], p["B"], p["C"]], 2).detach().requires_grad_()
-    strided = dict(p, x=xz[..., :4], z=xz[..., 4:], dt=rest[..., :4], B=rest[..., 4:6], C=rest[..., 6:])
-    assert scan_triton.prepare(4, *(strided[k] for k in NAMES[:-1]), None)[0][0].data_ptr() == xz.data_ptr()
-    backwards = dict(p, x=p["x"].detach().flip(2).transpose(1, 2).contiguous().transpose(1, 2).flip(2).requires_grad_())
+    xz, rest = torch.cat([p["x"], p["z"]], 2), torch.cat([p["dt"], p["B"], p["C"]], 2)
+    slices = dict(p, x=xz[..., :4], z=xz[..., 4:], dt=rest[..., :4], B=rest[..., 4:6], C=rest[..., 6:])
+    columns = {k: v.mT.contiguous().mT if v.dim() > 1 else v.repeat_interleave(2)[::2] for k, v in p.items()}
     with in_chunks(2):
         plain = results(selective_scan, p, None)
-        for inputs in (strided, backwards):
-            other = results(selective_scan, inputs, None)
+        for inputs in (slices, columns):
+            other = results(selective_scan, {k: v.detach().requires_grad_() for k, v in inputs.items()}, None)
             assert all(torch.equal(plain[k], other[k]) for k in plain)
+        y, h = selective_scan(**p)
+        for dy, dh in ((torch.ones(()).expand_as(y), torch.ones(()).expand_as(h)),
+                       (torch.ones(6, 2, 4).transpose(0, 1), torch.ones(2, 2, 4).mT)):
+            grads = torch.autograd.grad((y, h), list(p.values()), (dy.to(y), dh.to(h)), retain_graph=True)
+            ones = torch.autograd.grad(y.sum() + h.sum(), list(p.values()), retain_graph=True)
+            assert all(torch.equal(*pair) for pair in zip(grads, ones))
+
+
+def test_one_step_of_any_strides_is_read_right():
+    p = problem(3, 1, 4, 2)
+    turned = {k: v.detach().flatten(1)[..., None].mT.requires_grad_() if k in ("x", "dt", "z") else v
+              for k, v in p.items()}                               # as the output of a convolution lies
+    assert turned["x"].is_contiguous() and turned["x"].stride() == (4, 1, 1)
+    plain, other = (results(selective_scan, q, None) for q in (p, turned))
+    assert all(torch.equal(plain[k], other[k]) for k in plain)
+
+
+@pytest.mark.parametrize("wanted", [["h0"], ["A"], ["z", "dt_bias"], ["x"]], ids=str)
+def test_only_what_needs_a_gradient_gets_one(wanted):
+    p = {k: v.detach().requires_grad_(k in wanted) for k, v in problem(1, 5, 3, 2).items()}
+    exact = {k: v.detach().double().requires_grad_(k in wanted) for k, v in p.items()}
+    for scan, inputs in ((selective_scan, p), (loop, exact)):
+        y, h = scan(**inputs)
+        (y.sum() + h.sum()).backward()
+    assert all((v.grad is not None) == (k in wanted) for k, v in p.items())
+    for k in wanted:
+        assert (p[k].grad - exact[k].grad).abs().max() <= 1e-5 * exact[k].grad.abs().max()
+
+
+@pytest.mark.parametrize("l", [1, 3])
+def test_an_empty_batch_has_an_empty_result(l):
+    p = problem(0, l, 3, 2)
+    got = results(selective_scan, p, torch.zeros(0, l, dtype=torch.bool, device=DEVICE))
+    assert got["y"].shape == (0, l, 3) and got["h"].shape == (0, 3, 2) and not got["dA"].any()
+    with torch.no_grad():
+        assert selective_scan(**p)[0].shape == (0, l, 3)
+
+
+def test_every_input_may_be_in_16_bits():
+    p = problem(1, 5, 3, 2, dtype=torch.bfloat16)
+    check({k: v.detach().bfloat16().requires_grad_() for k, v in p.items()})
+    with torch.no_grad():
+        token = {k: v[:, :1] if v.dim() == 3 and k != "h0" else v for k, v in p.items()}
+        y, h = selective_scan(**{k: v.bfloat16() for k, v in token.items()})
+        exact = loop(**{k: v.bfloat16().double() for k, v in token.items()})
+    assert (y - exact[0]).abs().max() <= 8e-3 * exact[0].abs().max() and h.dtype == torch.float32
+    assert (h - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max()
+
+
+def test_autocast_leaves_the_arithmetic_in_fp32():
+    p = problem(1, 5, 3, 2)
+    plain = results(selective_scan, p, None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = results(selective_scan, p, None)
+    assert all(torch.equal(plain[k], cast[k]) for k in plain)
+
+
+def test_a_second_derivative_is_refused_in_a_sentence():
+    p = problem(1, 3, 2, 2)
+    dx, = torch.autograd.grad(selective_scan(**p)[0].sum(), p["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="backward through falcon_mamba.* no autograd formula"):
+        dx.sum().backward()
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, t):
+            self.device = t.device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    p = problem(1, 5, 2, 2)
+    results(selective_scan, p, None)
+    assert entered == [p["x"].device, "left"] * 4      # scan forward; scan, carry and adjoint backward
 
 
 def test_memory_that_was_never_written_is_never_read(monkeypatch):
@@ -196,6 +280,7 @@ def test_a_sequence_of_nan_stays_alone_in_its_batch():
     assert not any(got[k][0].isnan().any() for k in ("y", "h", "dx", "ddt", "dB", "dC", "dz", "dh0"))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_one_token_is_a_scan_of_one_step(dtype):
     p = {k: v.detach() for k, v in problem(2, 1, 35, 3, dtype=dtype).items()}
@@ -206,10 +291,22 @@ def test_one_token_is_a_scan_of_one_step(dtype):
         assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
         assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()
         in_place = p["h0"].clone()
-        y_in_place = scan_triton.step(*(p[k] for k in NAMES[:5]), in_place, p["D"], p["z"], p["dt_bias"], reset=r)
+        y_in_place = scan_triton.step(*(p[k] for k in NAMES[:7]), in_place, p["z"], r)
         assert torch.equal(in_place, h) and torch.equal(y_in_place, y)
     y, h = selective_scan(*(p[k] for k in NAMES[:5]))              # from no state, without options
-    assert (h - scan_triton.scan(*(p[k] for k in NAMES[:5]), *[None] * 5)[1]).abs().max() <= 1e-6
+    y_loop, h_loop = loop(*(p[k].double() for k in NAMES[:5]))
+    assert (h - h_loop).abs().max() <= 1e-6
+    assert (y - y_loop).abs().max() <= TOLERANCE[dtype] * y_loop.abs().max()
+
+
+@torch.no_grad()
+def test_one_token_leaves_the_state_it_was_given():
+    p = {k: v.detach() for k, v in problem(1, 1, 3, 2).items()}
+    before = p["h0"].clone()
+    selective_scan(**p)
+    assert torch.equal(p["h0"], before)
+    with pytest.raises(ValueError, match="fp32 and contiguous"):
+        scan_triton.step(*(p[k] for k in NAMES[:7]), p["h0"].half(), p["z"], None)
 
 
 def test_one_token_with_gradients_takes_the_scan():
@@ -221,23 +318,24 @@ def test_no_gradient_flows_through_what_was_not_used():
     y, h = selective_scan(**p)
     for out in (y, h):
         grads = torch.autograd.grad(out.sum(), list(p.values()), retain_graph=True, allow_unused=True)
-        exact = torch.autograd.grad(loop(**p)[0 if out is y else 1].sum(), list(p.values()), allow_unused=True)
+        right = loop(**p)[0 if out is y else 1].sum()
+        exact = torch.autograd.grad(right, list(p.values()), allow_unused=True)
         for mine, right in zip(grads, exact):
             right = torch.zeros_like(mine) if right is None else right
             assert (mine - right).abs().max() <= 1e-5 * max(right.abs().max(), 1e-3)
 
 
 def test_the_operators_are_good_citizens():
-    p = problem(1, 5, 3, 2)
-    reset = some_resets(1, 5)
+    p = problem(1, 9, 3, 2)
+    reset = some_resets(1, 9)
     inputs = [p[k] for k in NAMES]
-    with in_chunks(2):
+    with in_chunks(1):                # one chunk, two kept states
         torch.library.opcheck(scan_triton.scan, (*inputs, reset))
         plain = [t.detach() for t in inputs]
-        y, h, enter = scan_triton.scan(*plain, reset)
-        torch.library.opcheck(scan_triton.scan_backward, (*plain, reset, enter, y, h))
+        y, h, kept = scan_triton.scan(*plain, reset)
+        torch.library.opcheck(scan_triton.scan_backward, (*plain, reset, kept, y, h))
     token = [t[:, :1] if t.dim() == 3 and k != "h0" else t for k, t in zip(NAMES, plain)]
-    torch.library.opcheck(scan_triton.step, (*token[:5], plain[8].clone(), *token[5:8]))
+    torch.library.opcheck(scan_triton.step, (*token[:7], plain[7].clone(), token[8], reset[:, :1]))
 
 
 def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
@@ -246,12 +344,15 @@ def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
     reference = results(selective_scan, p, None)
 
     def checkpointed(reset, **p):
-        return checkpoint(lambda *a: selective_scan(*a), *(p[k] for k in NAMES), use_reentrant=False)
+        return checkpoint(lambda *a: selective_scan(**dict(zip(p, a))), *p.values(), use_reentrant=False)
 
     compiled = torch.compile(lambda reset, **p: selective_scan(**p), fullgraph=True, backend="aot_eager")
     for scan in (checkpointed, compiled):
         got = results(scan, p, None)
         assert all(torch.equal(got[k], reference[k]) for k in reference)
+    token = {k: v.detach()[:, :1] if v.dim() == 3 and k != "h0" else v.detach() for k, v in p.items()}
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(compiled(None, **token), selective_scan(**token)))
 
 
 def test_chunks_are_counted_from_the_sizes():
@@ -261,21 +362,34 @@ def test_chunks_are_counted_from_the_sizes():
     assert count(1, 100, 8192, 132) == 1                  # too short to cut
     assert count(1, 10**6, 1, 132) == 10**6 // 128        # one channel: as many as may be
     for b, l, d in ((1, 8192, 8192), (1, 2048, 8192), (2, 10**6, 8192), (1, 333, 64), (4, 4096, 1536)):
-        assert count(b, l, d, 132) * 4 * 16 <= l * 2 / 4 or count(b, l, d, 132) == 1    # bytes kept, of x's in bf16
+        k = count(b, l, d, 132)
+        assert k * 4 * 16 <= l * 2 / 4 or k == 1          # bytes kept, of x's in bf16
+
+
+def test_states_are_kept_at_least_every_256_steps():
+    for b, l, d in ((1, 8192, 8192), (8, 8192, 8192), (64, 300, 8192), (4, 4097, 1536), (1, 1, 1)):
+        chunk, keep = scan_triton.cut_time(torch.empty(b, l, d, device="meta"))
+        assert keep <= 256 and chunk % keep == 0 and keep % scan_triton.STEPS == 0
+        assert -(-l // chunk) <= scan_triton.chunk_count(b, l, d, 132)
+
+
+def printed(code):
+    """What a Python process of its own prints, with Triton's interpreter off."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent).stdout
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused_in_a_sentence():
-    code = ("import torch; from scan_triton import selective_scan as f; x = torch.ones(1, 2, 3)\n"
-            "try: f(x, x, -torch.ones(3, 2), x[..., :2], x[..., :2])\nexcept ValueError as e: print(e)")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(scan_triton.__file__).parent)
-    assert "needs CUDA tensors" in out.stdout and "TRITON_INTERPRET=1" in out.stdout and out.stdout.count("\n") == 1
+    out = printed("import torch; from scan_triton import selective_scan as f; x = torch.ones(1, 2, 3)\n"
+                  "try: f(x, x, -torch.ones(3, 2), x[..., :2], x[..., :2])\nexcept ValueError as e: print(e)")
+    assert "needs CUDA tensors" in out and "TRITON_INTERPRET=1" in out and out.count("\n") == 1
 
 
 def test_without_triton_the_reader_is_told_what_to_install():
-    code = "import sys; sys.modules['triton'] = None\ntry: import scan_triton\nexcept ImportError as e: print(e)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(scan_triton.__file__).parent)
-    assert "pip install triton" in out.stdout and out.stdout.count("\n") == 1
+    out = printed("import sys; sys.modules['triton'] = None\n"
+                  "try: import scan_triton\nexcept ImportError as e: print(e)")
+    assert "pip install triton" in out and out.count("\n") == 1
 
 
 @needs_gpu
@@ -287,13 +401,12 @@ def test_on_the_device_real_sizes_agree_too():
 @needs_gpu
 def test_a_replayed_graph_decodes_as_eager_does():
     p = {k: v.detach() for k, v in problem(2, 1, 256, 16, dtype=torch.bfloat16).items()}
-    state, eager = p["h0"].clone(), p["h0"].clone()
-    inputs = [p[k] for k in NAMES[:5]], [p[k] for k in NAMES[5:8]]
-    scan_triton.step(*inputs[0], torch.empty_like(state), *inputs[1], h0=state)      # compiles before the capture
+    state, eager, inputs = p["h0"].clone(), p["h0"].clone(), [p[k] for k in NAMES[:7]]
+    scan_triton.step(*inputs, torch.empty_like(state), p["z"], None)      # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = scan_triton.step(*inputs[0], state, *inputs[1])
+        y = scan_triton.step(*inputs, state, p["z"], None)
     for token in range(4):
         p["x"].copy_(torch.randn(p["x"].shape))
         graph.replay()
-        assert torch.equal(y, scan_triton.step(*inputs[0], eager, *inputs[1])) and torch.equal(state, eager)
+        assert torch.equal(y, scan_triton.step(*inputs, eager, p["z"], None)) and torch.equal(state, eager)

@@ -1,8 +1,9 @@
-"""What the Triton kernels cost, found without a GPU: `python scan_triton.py` prints it, test_scan_triton_compile.py bounds it.
+"""What the Triton kernels cost, found without a GPU. `python scan_triton.py` prints it.
 
-Each kernel is compiled ahead of time with the 7B's constants. The registers and the machine code are then read back
-with the cuobjdump and nvdisasm that come in Triton's wheel, and the instructions of the inner loop are counted. From
-these, and from the bytes a kernel must move, follows an estimate: the slowest of four resources of an H100 SXM.
+test_scan_triton_compile.py bounds it. Each kernel is compiled ahead of time with the 7B's constants. The
+registers and the machine code are then read back with the cuobjdump and nvdisasm that come in Triton's wheel,
+and the instructions of the inner loop are counted. From these, and from the bytes a kernel must move, follows
+an estimate: the slowest of four resources of an H100 SXM.
 """
 import os
 import re
@@ -18,43 +19,40 @@ from triton.compiler import ASTSource
 
 import scan_triton as st
 
-TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32),
+           "gfx942": GPUTarget("hip", "gfx942", 64)}
 SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
 SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
 LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
 
 FP32, BF16, INT = "*fp32", "*bf16", "i32"
-ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}    # in bf16; the rest is fp32
-KERNELS = {                                 # label: kernel, its constants beyond those in build, warps
-    "pass 1: reduce": ("scan_kernel", dict(enter_ptr=None, y_ptr=None), 1),
-    "pass 2: carry": ("carry_kernel", dict(final_ptr=None, FROM_END=False, ELEMENTS=128), 4),
-    "pass 3: scan": ("scan_kernel", dict(decay_ptr=None), 1),
-    "backward: replay": ("replay_kernel", {}, 1),
-    "backward: carry": ("carry_kernel", dict(FROM_END=True, ELEMENTS=128), 4),
-    "backward: adjoint": ("adjoint_kernel", {}, 1),
-    "one token: step": ("step_kernel", {}, 1),
+ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr"}      # in bf16; the rest is fp32
+KERNELS = {                                 # label: kernel, its constants beyond those in build
+    "pass 1: reduce": ("scan_kernel", dict(dy_ptr=None, enter_ptr=None, y_ptr=None, kept_ptr=None)),
+    "pass 2: carry": ("carry_kernel", dict(FROM_END=False)),
+    "pass 3: scan": ("scan_kernel", dict(dy_ptr=None, decay_ptr=None)),
+    "backward: replay": ("scan_kernel", {}),
+    "backward: carry": ("carry_kernel", dict(FROM_END=True)),
+    "backward: adjoint": ("adjoint_kernel", {}),
+    "one token: step": ("step_kernel", {}),
 }
 
 
 def build(label: str, target: str, reset: bool = False):
-    """Compile one kernel with the 7B's constants, for x and z that are halves of one projection's output."""
-    name, constants, warps = KERNELS[label]
+    """Compile one kernel with the 7B's constants."""
+    name, constants = KERNELS[label]
     kernel = getattr(st, name)
-    constants = dict(constants, N=n, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
-    if name == "step_kernel":
-        constants.update(n=n)
-    else:
-        constants.update(d=d, x_row=2 * d, dt_row=d, z_row=2 * d, dy_row=d)
+    constants = dict(constants, d=d, n=n, N=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
     if not reset:
         constants.update(reset_ptr=None)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    kinds = {k: INT if not k.endswith("_ptr") else "*u8" if k == "reset_ptr" else BF16 if k in ROWS else FP32
+    kinds = {k: INT if not k.endswith("_ptr") else "*i1" if k == "reset_ptr" else BF16 if k in ROWS else FP32
              for k in kernel.arg_names}
     signature = {k: "constexpr" if k in constants else kinds[k] for k in kernel.arg_names}
-    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what Triton finds out for itself at a launch
-               if p.name.endswith("_ptr") and p.name not in constants and not p.do_not_specialize_on_alignment}
+    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what a launch finds out
+               if p.name.endswith("_ptr") and not (p.name in constants or p.do_not_specialize_on_alignment)}
     return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                          target=TARGETS[target], options={"num_warps": warps})
+                          target=TARGETS[target], options={"num_warps": 1, "enable_fp_fusion": True})
 
 
 def tool(name: str, *args: str) -> str:
@@ -63,7 +61,7 @@ def tool(name: str, *args: str) -> str:
 
 
 def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
-    """Registers, stack, spills and shared memory, and the instructions of the longest loop per state update."""
+    """Registers, stack, spills, shared memory, and the instructions of the longest loop per state update."""
     compiled = build(label, target, reset)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
@@ -81,19 +79,20 @@ def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
             labels[m.group(1)] = len(instructions)
         elif m := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*);", line):
             instructions.append(m.group(1).split(".")[0])
-            target_label = re.search(r"`\((\.L\w+)\)", m.group(2))
-            start = labels.get(target_label.group(1)) if instructions[-1] == "BRA" and target_label else None
+            goal = re.search(r"`\((\.L\w+)\)", m.group(2))
+            start = labels.get(goal.group(1)) if instructions[-1] == "BRA" and goal else None
             if start is not None and len(instructions) - start > len(loop) and start < len(instructions) - 1:
                 loop = instructions[start:]
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
     found = {k: int(v) for k, v in usage.items()}
     if "carry" not in label and "step" not in label:
-        found.update(issue=len(loop) / updates, MUFU=loop.count("MUFU") / updates, SHFL=loop.count("SHFL") / updates)
+        found.update(issue=len(loop) / updates, **{k: loop.count(k) / updates for k in ("MUFU", "SHFL")})
     return found
 
 
 def chunks() -> int:
-    chunk = triton.cdiv(l, st.chunk_count(b, l, d, SMS) * st.STEPS) * st.STEPS
+    chunk, keep = st.cut_time(torch.empty(b, l, d, device="meta"))
+    assert chunk == keep, "forward and backward share their chunks, as the arithmetic below takes for granted"
     return triton.cdiv(l, chunk)
 
 
@@ -101,14 +100,15 @@ def traffic() -> dict:
     """Bytes each kernel must move to and from HBM. B, C and the like are small, and stay in the caches."""
     row, states = 2 * b * l * d, 4 * b * d * n            # x in bf16; all states at one time, in fp32
     blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * d // st.CHANNELS
-    return {"pass 1: reduce": 2 * row + 2 * chunks() * states, "pass 2: carry": 3 * chunks() * states,
-            "pass 3: scan": 4 * row + chunks() * states, "backward: replay": 5 * row + blocks + 3 * chunks() * states,
-            "backward: carry": 3 * chunks() * states, "backward: adjoint": 6 * row + blocks + sums + 2 * chunks() * states,
-            "backward: sums": sums + chunks() * states}
+    tiles = chunks() * states                             # one tensor of a state a chunk
+    return {"pass 1: reduce": 2 * row + 2 * tiles, "pass 2: carry": 3 * tiles,
+            "pass 3: scan": 4 * row + 3 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
+            "backward: carry": 3 * tiles, "backward: adjoint": 6 * row + blocks + sums + 2 * tiles,
+            "backward: sums": sums + tiles}
 
 
 def estimate(label: str, found: dict) -> dict:
-    """Milliseconds that each resource needs for one layer, at the least; the kernel takes as long as the slowest."""
+    """Milliseconds each resource needs for a layer, at the least; the kernel takes as long as the slowest."""
     ms = {"HBM": traffic()[label] / HBM * 1e3}
     for kind, lanes in LANES.items():
         ms[kind] = b * l * d * n * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3
@@ -138,13 +138,13 @@ class Live(TorchDispatchMode):
 
 
 def memory() -> tuple[int, int]:
-    """Bytes that the 7B's layer keeps from forward to backward beyond its inputs, and the backward's scratch at its peak,
-    beyond the gradients: measured on meta tensors, which have a size and no data."""
+    """Bytes that the 7B's layer keeps from forward to backward beyond its inputs, and the backward's scratch
+    at its peak, beyond the gradients: measured on meta tensors, which have a size and no data."""
     class Stub:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    real = {name: getattr(st, name) for name in ("replay_kernel", "carry_kernel", "adjoint_kernel")}
+    real = {name: getattr(st, name) for name in ("scan_kernel", "carry_kernel", "adjoint_kernel")}
     for name in real:
         setattr(st, name, Stub())
     try:
@@ -152,9 +152,10 @@ def memory() -> tuple[int, int]:
             wide = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
             x, dt, z, dy, B, C = *(wide(b, l, d) for _ in range(4)), wide(b, l, n), wide(b, l, n)
             A, D, bias = (torch.empty(s, device="meta") for s in ((d, n), (d,), (d,)))
-            enter = torch.empty(b, chunks(), n, d, device="meta")
+            h = torch.empty(b, d, n, device="meta")
+            enter = torch.empty(b, chunks(), d // st.CHANNELS, n, st.CHANNELS, device="meta")
             before = live.now
-            grads = st.scan_backward._init_fn(x, dt, A, B, C, D, z, bias, None, None, enter, dy, None)
+            grads = st.scan_backward._init_fn(x, dt, A, B, C, D, bias, h, z, None, enter, dy, h)
             return enter.nbytes, live.peak - before - sum(g.nbytes for g in grads)
     finally:
         for name, kernel in real.items():
@@ -162,12 +163,13 @@ def memory() -> tuple[int, int]:
 
 
 def measured() -> None:
-    """On a GPU: medians of CUDA events over eight sets of inputs, and mamba_ssm's kernel beside, if it is there."""
+    """On a GPU: medians of CUDA events over eight sets of inputs, mamba_ssm's kernel beside, if installed."""
     def sets():
         r = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
+        v = lambda value: torch.full((d,), float(value), device="cuda")
         A = -torch.arange(1, n + 1, device="cuda").float().repeat(d, 1)
-        return [[t.requires_grad_() for t in (r(b, l, d), r(b, l, d), A, r(b, l, n), r(b, l, n), torch.ones(d, device="cuda"),
-                                              r(b, l, d), torch.zeros(d, device="cuda") - 4)] for _ in range(8)]
+        return [[t.requires_grad_() for t in (r(b, l, d), r(b, l, d), A.clone(), r(b, l, n), r(b, l, n), v(1),
+                                              r(b, l, d), v(-4))] for _ in range(8)]
 
     def median(run, inputs):
         times = []
@@ -187,7 +189,8 @@ def measured() -> None:
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         t = lambda v: v.transpose(1, 2)
-        scans["mamba_ssm"] = lambda p: t(selective_scan_fn(t(p[0]), t(p[1]), p[2], t(p[3]), t(p[4]), p[5], t(p[6]), p[7], True))
+        scans["mamba_ssm"] = lambda p: t(selective_scan_fn(t(p[0]), t(p[1]), p[2], t(p[3]), t(p[4]), p[5],
+                                                           t(p[6]), p[7], True))
     except ImportError:
         print("mamba_ssm is not installed: no kernel to compare with")
     inputs = sets()
@@ -200,17 +203,17 @@ def measured() -> None:
 
 def main() -> None:
     print(f"One layer of the 7B, (b, l, d, n) = {SIZES}, in {chunks()} chunks, Triton {triton.__version__}.\n"
-          f"upd = state update: there are {b * l * d * n / 1e9:.2f} G. Estimates, not measurements: the ms each resource of an "
-          f"H100 SXM\nneeds at least; * is the slowest.\n")
-    print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} {'MUFU/upd':>8} "
-          f"{'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6}")
+          f"upd = state update: there are {b * l * d * n / 1e9:.2f} G. Estimates, not measurements: the ms "
+          f"each resource of an H100 SXM\nneeds at least; * is the slowest.\n")
+    print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
+          f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6}")
     total = {"forward": 0.0, "backward": 0.0}
     floor = {k: 0.0 for k in ("HBM", "MUFU", "issue", "SHFL")}
     for label in (*KERNELS, "backward: sums"):
         for target in TARGETS if label in KERNELS else ("sm_90",):
             found = count(label, target) if label in KERNELS else {}
-            line = f"{label:18} {target:7} " + " ".join(
-                f"{found.get(k, '-'):>{w}}" for k, w in (("REG", 4), ("STACK", 5), ("LOCAL", 5), ("SHARED", 6)))
+            widths = dict(REG=4, STACK=5, LOCAL=5, SHARED=6).items()
+            line = f"{label:18} {target:7} " + " ".join(f"{found.get(k, '-'):>{w}}" for k, w in widths)
             if "issue" in found:
                 line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
             elif label in traffic():
@@ -221,16 +224,15 @@ def main() -> None:
                 line += "".join(f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}" for k in floor)
                 total["backward" if "backward" in label else "forward"] += max(ms.values())
             print(line.rstrip())
-    updates = b * l * d * n
-    row = 2 * b * l * d
+    updates, row = b * l * d * n / (SMS * CLOCK) * 1e3, 2 * b * l * d
+    kept, scratch = memory()
     print(f"\nestimated: forward {total['forward']:.2f} ms, backward {total['backward']:.2f} ms, "
           f"both {sum(total.values()):.2f} ms\n"
           f"floors of a forward: HBM {4 * row / HBM * 1e3:.2f} ms (x, dt, z, y once), MUFU "
-          f"{updates / (16 * SMS * CLOCK) * 1e3:.2f} ms (one exp2 an update), issue {updates * 4 / (128 * SMS * CLOCK) * 1e3:.2f} ms "
-          f"(four instructions an update)")
-    kept, scratch = memory()
-    print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / row:.3f} of x in bf16); scratch of a "
-          f"backward: {scratch / 1e6:.0f} MB")
+          f"{updates / LANES['MUFU']:.2f} ms (one exp2 an update), issue "
+          f"{updates * 4 / LANES['issue']:.2f} ms (four instructions an update)\n"
+          f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / row:.3f} of x in bf16); "
+          f"scratch of a backward: {scratch / 1e6:.0f} MB")
     if torch.cuda.is_available():
         measured()
     else:
