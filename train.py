@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
-from mamba import Block, CheckpointError, Mamba, MambaConfig, find
+from mamba import Block, CheckpointError, Mamba, MambaConfig, find, read_json
 from scan import default_backend
 
 END = "<|endoftext|>"      # closes every document
@@ -501,13 +501,16 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
-        about = json.loads((folder / "run.json").read_text())
+        about = read_json(folder / "run.json")
+        step, tokens, settings = (about.get(name) for name in ("step", "tokens", "settings"))
+        if not (type(step) is type(tokens) is int and 0 < step <= tokens < 2**60 and type(settings) is dict):
+            raise CheckpointError(f"{folder / 'run.json'} does not say which step of which run this is")
         for name, now in self.settings.items():
-            if about["settings"].get(name) != now:
-                raise ValueError(f"{folder} has {name} {about['settings'].get(name)}, this command {now}; "
+            if settings.get(name) != now:
+                raise ValueError(f"{folder} has {name} {settings.get(name)!r:.80}, this command {now!r:.80}; "
                                  "repeat the command that began the run, or begin another with --out")
         dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=self.group)
-        self.step, self.tokens = about["step"], about["tokens"]
+        self.step, self.tokens = step, tokens
         for averages in self.adam.state.values():
             averages["step"] = torch.tensor(float(self.step))
 
