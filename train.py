@@ -24,6 +24,7 @@ Sizes in the shape comments: b batch, l length, m d_model.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -822,6 +823,7 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
 def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
     warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
+    logging.getLogger().setLevel(logging.ERROR)     # below that, dcp logs a traceback of what it also raises
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
@@ -840,7 +842,8 @@ def main() -> None:
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except dcp.CheckpointException as e:
-        sys.exit(f"train.py: no checkpoint written or read: {next(iter(e.failures.values()))[0]}")
+        why, _ = next(iter(e.failures.values()))
+        sys.exit(f"train.py: no checkpoint written or read in {args.out}: {why}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -36,7 +36,7 @@ SIZES = {"d_model": 8, "n_layer": 2, "d_state": 3, "d_conv": 4}
 
 def assert_sentence(text, *words):
     """One line of plain words that a person can read at a glance, holding all of `words`."""
-    assert "Traceback" not in text and "Exception ignored" not in text
+    assert "Traceback" not in text and "Exception ignored" not in text, text
     assert len(text.strip().splitlines()) == 1, f"not one line: {text!r}"
     assert " " in text and len(text) < 600, f"{len(text)} characters: {text[:600]!r}"
     assert text.strip().isprintable(), f"control characters in {text!r}"
