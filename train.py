@@ -746,9 +746,12 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
         return
-    rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
-    picture(args.out / "loss.png", [row["tokens"] for row in rows],
-            {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
+    try:
+        rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+        picture(args.out / "loss.png", [row["tokens"] for row in rows],
+                {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
+    except (ValueError, LookupError, TypeError, RecursionError):    # rows of a run that was resumed
+        say(f"no picture of the losses: {args.out / 'metrics.jsonl'} is damaged")
     if not finished:
         return say(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
     say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
