@@ -221,6 +221,8 @@ class Source:
         if self.bin and len(paths) > 1:
             raise ValueError(f"{name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
+            if (size := self.bin.stat().st_size) % 2 or not size:
+                raise ValueError(f"{self.bin} has {size} bytes, but a .bin of tokens has two for each")
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
             parts, wanted = [np.zeros(0, np.uint32)], recipe.total_tokens * 4
