@@ -134,7 +134,7 @@ def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, i
                 raise CheckpointError(f"{path} is not a state file: that holds {', '.join(wanted)} alone")
             found = {name: file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{path} is not a state file: {e}") from e
+        raise CheckpointError(f"{path} is not a state file: {str(e)!r:.300}") from e
     for name, like in wanted.items():
         tensor = found[name]
         floats = tensor.is_floating_point() and like.is_floating_point()    # of any size: --dtype may differ
@@ -174,7 +174,7 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     replace = nf4(args.device) if args.quantize else None
     model = Mamba.from_pretrained(folder, args.device, dtype, replace)

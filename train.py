@@ -689,7 +689,7 @@ def open_tokenizer(path: Path | None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if tokenizer.token_to_id(END) is None:
@@ -848,7 +848,7 @@ def main() -> None:
         sys.exit(f"train.py: {e}")
     except dcp.CheckpointException as e:
         why, _ = next(iter(e.failures.values()))
-        sys.exit(f"train.py: no checkpoint written or read in {args.out}: {why}")
+        sys.exit(f"train.py: no checkpoint written or read in {args.out}: {str(why)!r:.300}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
