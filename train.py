@@ -742,6 +742,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         f"{trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
+            if not nats < 700:      # e^700 is near the largest number
+                raise ValueError(f"the loss on {name} is {nats} nats per token: the weights are damaged")
             say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                 f"{bits:.4f} bits per byte")
         return
