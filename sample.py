@@ -355,10 +355,10 @@ def main() -> None:
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if args.compile and args.device.type == "cpu" and not shutil.which(compiler):
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
-    if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
-        parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
     args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
     try:
+        if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
+            parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
         run(args)
     except RuntimeError as e:
         if not out_of_memory(e):
