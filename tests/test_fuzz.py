@@ -25,6 +25,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load, save
 
 import conftest     # it finds the programs, also for a case alone
 import sample
@@ -92,6 +93,7 @@ def garble(dice, data):
 def damage(dice, path):
     """Do one thing to a file that suits its kind."""
     data, way = path.read_bytes(), dice.random()
+    tensors = load(data) if path.suffix == ".safetensors" or path.name == "state" else {}
     if way < 0.1:
         path.unlink()
         if way < 0.03:
@@ -104,10 +106,17 @@ def damage(dice, path):
         i = dice.randrange(len(lines))
         lines[i] = json.dumps(mutate(dice, json.loads(lines[i]))).encode()
         path.write_bytes(b"\n".join(lines))
-    elif way < 0.8 and (path.suffix == ".safetensors" or path.name == "state"):
+    elif way < 0.45 and tensors:        # a whole file, but of other tensors
+        name = dice.choice(sorted(tensors))
+        value = tensors.pop(name)
+        tensors |= dice.choice([{}, {name + "x": value}, {name: value.flatten()[1:]}, {name: value.flatten()},
+                                {name: value.double()}, {name: value.int()}, {name: value * -1e38},
+                                {name: value / 0}])
+        path.write_bytes(save(tensors))
+    elif way < 0.8 and tensors:
         end = 8 + struct.unpack("<Q", data[:8])[0]
-        header = json.dumps(mutate(dice, json.loads(data[8:end]))).encode() if way < 0.6 else data[8:end]
-        header = garble(dice, header) if 0.5 < way < 0.7 else header
+        header = json.dumps(mutate(dice, json.loads(data[8:end]))).encode() if way < 0.65 else data[8:end]
+        header = garble(dice, header) if 0.6 < way < 0.7 else header
         size = len(header) if way < 0.7 else dice.choice([0, 8, 2**27, 2**40, 2**63, 2**64 - 1])
         path.write_bytes(struct.pack("<Q", size) + header + data[end:])
     else:
