@@ -760,7 +760,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         return say(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
     say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
     model = Mamba.from_pretrained(args.out, args.device)
-    text = tokenizer.encode("def ", add_special_tokens=False).ids
+    text = tokenizer.encode("def ", add_special_tokens=False).ids or [end]      # if it has none for these
     for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.6, stop=end):
         text += token.tolist()
     say(tokenizer.decode(text))
