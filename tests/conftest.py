@@ -8,5 +8,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-if not torch.cuda.is_available():   # Triton reads this when its kernels are decorated, so before its first import
+if not torch.cuda.is_available():   # Triton reads this as it decorates the kernels, so before their import
     os.environ["TRITON_INTERPRET"] = "1"
