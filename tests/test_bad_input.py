@@ -3,8 +3,8 @@
     python -m pytest tests/test_bad_input.py
 
 The programs run inside this process wherever that is possible, since importing torch again takes seconds. A
-place is made unwritable by a file where a folder should be or a limit on file sizes, as root may write anywhere
-else. test_fuzz.py adds what nobody thought of.
+place is made unwritable by a file where a folder should be or a limit on file sizes, as root may write to any
+other. test_fuzz.py adds what nobody thought of.
 """
 import contextlib
 import io
