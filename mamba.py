@@ -406,7 +406,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             more = load_file(folder / name)
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{folder / name} is not a whole safetensors file: {e}") from e
+            raise CheckpointError(f"{folder / name} is not a whole safetensors file: {str(e)!r:.300}") from e
         if twice := tensors.keys() & more.keys():
             raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
         tensors |= more

@@ -134,7 +134,7 @@ def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, i
                 raise CheckpointError(f"{path} is not a state file: that holds {', '.join(wanted)} alone")
             found = {name: file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{path} is not a state file: {e}") from e
+        raise CheckpointError(f"{path} is not a state file: {str(e)!r:.300}") from e
     for name, like in wanted.items():
         tensor = found[name]
         floats = tensor.is_floating_point() and like.is_floating_point()    # of any size: --dtype may differ
@@ -174,7 +174,7 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     replace = nf4(args.device) if args.quantize else None
     model = Mamba.from_pretrained(folder, args.device, dtype, replace)
@@ -355,10 +355,10 @@ def main() -> None:
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if args.compile and args.device.type == "cpu" and not shutil.which(compiler):
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
-    if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
-        parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
     args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
     try:
+        if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
+            parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
         run(args)
     except RuntimeError as e:
         if not out_of_memory(e):

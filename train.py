@@ -24,6 +24,7 @@ Sizes in the shape comments: b batch, l length, m d_model.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -58,7 +59,7 @@ from tqdm import tqdm
 
 import sample
 import scan
-from mamba import Block, CheckpointError, Mamba, MambaConfig, find
+from mamba import Block, CheckpointError, Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
@@ -220,6 +221,8 @@ class Source:
         if self.bin and len(paths) > 1:
             raise ValueError(f"{name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
+            if (size := self.bin.stat().st_size) % 2 or not size:
+                raise ValueError(f"{self.bin} has {size} bytes, but a .bin of tokens has two for each")
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
             wanted = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
@@ -504,13 +507,16 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
-        about = json.loads((folder / "run.json").read_text())
+        about = read_json(folder / "run.json")
+        step, tokens, settings = (about.get(name) for name in ("step", "tokens", "settings"))
+        if not (type(step) is type(tokens) is int and 0 < step <= tokens < 2**60 and type(settings) is dict):
+            raise CheckpointError(f"{folder / 'run.json'} does not say which step of which run this is")
         for name, now in self.settings.items():
-            if about["settings"].get(name) != now:
-                raise ValueError(f"{folder} has {name} {about['settings'].get(name)}, this command {now}; "
+            if settings.get(name) != now:
+                raise ValueError(f"{folder} has {name} {settings.get(name)!r:.80}, this command {now!r:.80}; "
                                  "repeat the command that began the run, or begin another with --out")
         dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=self.group)
-        self.step, self.tokens = about["step"], about["tokens"]
+        self.step, self.tokens = step, tokens
         for averages in self.adam.state.values():
             averages["step"] = torch.tensor(float(self.step))
 
@@ -686,7 +692,7 @@ def open_tokenizer(path: Path | None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if tokenizer.token_to_id(END) is None:
@@ -740,20 +746,25 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         f"{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
+            if not nats < 700:      # e^700 is near the largest number
+                raise ValueError(f"the loss on {name} is {nats} nats per token: the weights are damaged")
             say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                 f"{bits:.4f} bits per byte")
         return
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
         return
-    rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
-    picture(args.out / "loss.png", [row["tokens"] for row in rows],
-            {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
+    try:
+        rows = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+        picture(args.out / "loss.png", [row["tokens"] for row in rows],
+                {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
+    except (ValueError, LookupError, TypeError, RecursionError):    # rows of a run that was resumed
+        say(f"no picture of the losses: {args.out / 'metrics.jsonl'} is damaged")
     if not finished:
         return say(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
     say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
     model = Mamba.from_pretrained(args.out, args.device)
-    text = tokenizer.encode("def ", add_special_tokens=False).ids
+    text = tokenizer.encode("def ", add_special_tokens=False).ids or [end]      # if it has none for these
     for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.8, stop=end):
         text += token.tolist()
     say(tokenizer.decode(text))
@@ -823,6 +834,7 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
 def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
     warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
+    logging.getLogger().setLevel(logging.ERROR)     # below that, dcp logs a traceback of what it also raises
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
@@ -841,7 +853,8 @@ def main() -> None:
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except dcp.CheckpointException as e:
-        sys.exit(f"train.py: no checkpoint written or read: {next(iter(e.failures.values()))[0]}")
+        why, _ = next(iter(e.failures.values()))
+        sys.exit(f"train.py: no checkpoint written or read in {args.out}: {str(why)!r:.300}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -4,12 +4,12 @@
     training    one step of AdamW on 8 x 256 tokens: a random one of 2M weights in fp32
     length      writing a token after ever longer texts, beside attention: a random Llama of the 190M's size
 
-Each peer has a process of its own, so that its peak memory is its own. All are loaded first, then take turns, round after
-round, so that whatever else the machine does falls on all of them; the tables give medians. A peer that is not installed
-is left out with a line that says how to get it. mamba_ssm has no row: its kernels lack the norms of dt, B and C, and
-transformers calls its own on a GPU.
+Each peer has a process of its own, so that its peak memory is its own. All are loaded first, then take turns,
+round after round, so that whatever else the machine does falls on all of them; the tables give medians. A
+line says how to get a peer that is not installed. mamba_ssm has no row: its kernels lack the norms of dt, B
+and C, and transformers calls its own on a GPU.
 
-`python tests/bench.py --save assets/bench.json` keeps the figures; the README's tables and assets/cost.svg are made of them.
+`python tests/bench.py --save assets/bench.json` keeps the figures: for the README's tables, and for cost.svg.
 """
 import argparse
 import importlib.metadata
@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # peer -> its packages: name to import, name to install. A dash joins a peer and the way it is run.
 PEERS = {"generate": {"ours": {}, "ours, --compile": {}, "transformers": {"transformers": "transformers"},
                       "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}},
-         "training": {"ours": {}, "transformers, mambapy": {"transformers": "transformers", "mambapy": "mambapy"}},
+         "training": {"ours": {},
+                      "transformers, mambapy": {"transformers": "transformers", "mambapy": "mambapy"}},
          "length": {"ours": {}, "attention": {"transformers": "transformers"}}}
 FULL = dict(generate=dict(d_model=768, n_layer=24, vocab_size=65024), prompt=512, written=32, rounds=4,
             training=dict(d_model=256, n_layer=4, vocab_size=257), batch=8, context=256,
@@ -91,9 +92,10 @@ def to_gguf(folder: Path) -> None:
     file.add_eos_token_id(11)
     names = {"backbone.embeddings.weight": "token_embd.weight", "lm_head.weight": "output.weight",
              "backbone.norm_f.weight": "output_norm.weight"}
-    parts = {"norm.weight": "attn_norm.weight", "in_proj.weight": "ssm_in.weight", "conv1d.weight": "ssm_conv1d.weight",
-             "conv1d.bias": "ssm_conv1d.bias", "x_proj.weight": "ssm_x.weight", "dt_proj.weight": "ssm_dt.weight",
-             "dt_proj.bias": "ssm_dt.bias", "A_log": "ssm_a", "D": "ssm_d", "out_proj.weight": "ssm_out.weight"}
+    parts = {"norm.weight": "attn_norm.weight", "in_proj.weight": "ssm_in.weight", "A_log": "ssm_a",
+             "conv1d.weight": "ssm_conv1d.weight", "conv1d.bias": "ssm_conv1d.bias", "D": "ssm_d",
+             "x_proj.weight": "ssm_x.weight", "out_proj.weight": "ssm_out.weight",
+             "dt_proj.weight": "ssm_dt.weight", "dt_proj.bias": "ssm_dt.bias"}
     for name, p in model.named_parameters():
         if name.startswith("backbone.layers."):
             layer, _, part = name.removeprefix("backbone.layers.").partition(".")
@@ -149,8 +151,8 @@ def llama_cpp(folder: Path, threads: int):
     import ctypes
     import numpy as np
     import llama_cpp
-    llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=4096, n_threads=threads, n_threads_batch=threads,
-                            n_batch=512, verbose=False)
+    llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=4096, n_batch=512, n_threads=threads,
+                            n_threads_batch=threads, verbose=False)
 
     def write(prompt, count):
         llama.reset()
@@ -173,7 +175,8 @@ def generating(peer: str, folder: Path, sizes: dict, device: str, threads: int):
             times.append(time.perf_counter())
             made.append(token)
         steps = [b - a for a, b in zip(times[1:], times[2:])]
-        yield {"prefill": len(prompt) / (times[1] - times[0]), "decode": 1 / statistics.median(steps), "first": made[0]}
+        yield {"prefill": len(prompt) / (times[1] - times[0]), "decode": 1 / statistics.median(steps),
+               "first": made[0]}
 
 
 def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
@@ -220,9 +223,9 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
         model = Mamba.from_pretrained(folder / "generate", device)
     else:                   # as many weights, in half as many layers
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-        llama = LlamaConfig(hidden_size=c.d_model, intermediate_size=c.d_model * 8 // 3, vocab_size=c.vocab_size,
+        llama = LlamaConfig(hidden_size=c.d_model, intermediate_size=c.d_model * 8 // 3,
                             num_hidden_layers=c.n_layer // 2, num_attention_heads=c.d_model // 32,
-                            max_position_embeddings=2**20)
+                            vocab_size=c.vocab_size, max_position_embeddings=2**20)
         model = LlamaForCausalLM(llama).bfloat16().eval().to(device)
     for now in sizes["lengths"]:
         if peer == "ours":  # each text is the one before it, read on from its state
@@ -252,7 +255,8 @@ def worker(job: str, peer: str, folder: Path, sizes: dict, device: str, threads:
     torch.set_num_threads(threads)
     if job == "make":
         return make(folder, sizes)
-    rounds = {"generate": generating, "training": training, "length": length}[job](peer, folder, sizes, device, threads)
+    measured = {"generate": generating, "training": training, "length": length}[job]
+    rounds = measured(peer, folder, sizes, device, threads)
     answers = sys.stdout
     sys.stdout = sys.stderr         # what libraries print is no answer
     for _ in sys.stdin:
@@ -264,12 +268,13 @@ def worker(job: str, peer: str, folder: Path, sizes: dict, device: str, threads:
 
 def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
     """Every round of every peer: {job: [figures]}."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
-                                "TQDM_DISABLE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+                                "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
     def start(job, peer, **pipes):
         settings = json.dumps([job, peer, str(folder), sizes, device, threads])
-        return subprocess.Popen([sys.executable, __file__, "--worker", settings], text=True, env=environment, **pipes)
+        command = [sys.executable, __file__, "--worker", settings]
+        return subprocess.Popen(command, text=True, env=environment, **pipes)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         if start("make", "").wait():
@@ -277,7 +282,7 @@ def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
         for job in jobs:
             here = {}
             for peer, packages in PEERS[job].items():
-                if missing := [install for name, install in packages.items() if not importlib.util.find_spec(name)]:
+                if missing := [packages[name] for name in packages if not importlib.util.find_spec(name)]:
                     print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
                 elif peer == "llama.cpp" and device != "cpu":
                     print("without llama.cpp: its package is built for the CPU", file=sys.stderr)
@@ -285,7 +290,9 @@ def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
                     here[peer] = start(job, peer, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             found[job] = []
             # The first round warms up, compiles and is not counted. A length needs no second.
-            counted = [True] * len(sizes["lengths"]) if job == "length" else [False] + [True] * sizes["rounds"]
+            counted = [False] + [True] * sizes["rounds"]
+            if job == "length":
+                counted = [True] * len(sizes["lengths"])
             for counts in counted:
                 for peer, process in here.items():
                     process.stdin.write("\n")
@@ -337,7 +344,8 @@ def tables(found: dict) -> dict[str, str]:
         made[job] = table(["", *columns.values(), "peak memory, GB"], rows)
     if "length" in found:
         peers = list(dict.fromkeys(row["peer"] for row in found["length"]))
-        head = ["tokens before it", *(f"{peer}: {what}" for peer in peers for what in ("ms a token", "MB kept"))]
+        figures = "ms a token", "MB kept"
+        head = ["tokens before it", *(f"{peer}: {figure}" for peer in peers for figure in figures)]
         rows = {}
         for row in found["length"]:
             rows.setdefault(row["tokens"], []).extend([f"{row['ms']:.1f}", f"{row['state_mb']:.1f}"])
@@ -347,12 +355,13 @@ def tables(found: dict) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure ours beside every peer that is installed.")
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(PEERS)} (default all)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: that it runs, not how fast")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each peer (default %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--save", type=Path, help="a JSON file for the figures; those of other tables in it stay")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(PEERS)} (default all)")
+    add("--quick", action="store_true", help="tiny sizes, in seconds: that it runs, not how fast")
+    add("--threads", type=int, default=os.cpu_count(), help="of each peer (default %(default)s)")
+    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--save", type=Path, help="a JSON file for the figures; those of other tables in it stay")
+    add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         job, peer, folder, *rest = json.loads(args.worker)
@@ -364,12 +373,13 @@ def main() -> None:
     print(found["machine"])
     for job, text in tables(found).items():
         print(f"\n{job}\n{text}")
-    for job, name in ("generate", "first"), ("training", "loss"):       # the same model, or the times mean nothing
+    # It was the same model, or the times mean nothing.
+    for job, name, words in ("generate", "first", "first token"), ("training", "loss", "loss"):
         own = [row[name] for row in found.get(job, []) if row["peer"] == "ours"]
         for peer in dict.fromkeys(row["peer"] for row in found.get(job, [])):
             theirs = [row[name] for row in found[job] if row["peer"] == peer]
             same = sum(a == b if name == "first" else abs(a - b) < 1e-3 * abs(a) for a, b in zip(own, theirs))
-            print(f"{peer}: {'first token' if name == 'first' else 'loss'} as ours in {same} of {len(own)} rounds")
+            print(f"{peer}: {words} as ours in {same} of {len(own)} rounds")
     if args.save:
         old = json.loads(args.save.read_text()) if args.save.exists() else {}
         args.save.write_text(json.dumps(old | found, indent=1) + "\n")

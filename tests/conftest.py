@@ -13,5 +13,5 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-if not torch.cuda.is_available():   # Triton reads this when its kernels are decorated, so before its first import
+if not torch.cuda.is_available():   # Triton reads this as it decorates the kernels, so before their import
     os.environ["TRITON_INTERPRET"] = "1"

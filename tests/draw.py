@@ -1,9 +1,9 @@
 """The README's pictures, as SVG: python tests/draw.py [out/metrics.jsonl]
 
-block.svg and tree.svg are laid out here by hand. schedule.svg asks train.py's own functions. loss.svg and cost.svg show
-measurements, kept beside them: assets/loss.jsonl, taken from a run's metrics when you name them, and assets/bench.json,
-written by `python tests/bench.py --save assets/bench.json`. Each picture has a plate of its own and two sets of colours,
-so it reads on light and dark pages.
+block.svg and tree.svg are laid out here by hand. schedule.svg asks train.py's own functions. loss.svg and
+cost.svg show measurements, kept beside them: assets/loss.jsonl, taken from a run's metrics when you name
+them, and assets/bench.json, written by `python tests/bench.py --save assets/bench.json`. Each picture has a
+plate of its own and two sets of colours, for light and for dark pages.
 """
 import argparse
 import json
@@ -22,16 +22,19 @@ LIGHT = dict(plate="#ffffff", edge="#d0d7de", ink="#1f2328", soft="#656d76", box
 DARK = dict(plate="#0d1117", edge="#3d444d", ink="#e6edf3", soft="#9198a1", box="#1b2129", new="#7a3d00",
             new_edge="#ffa657", one="#58a6ff", two="#ffa657", three="#3fb950")
 # The colour of every mark is a class, so that a page's preference can change it.
-RULES = ".plate{{fill:{plate};stroke:{edge}}} text{{fill:{ink};font:15px system-ui,sans-serif}} .small{{font-size:12px}} " \
-        ".soft{{fill:{soft}}} .box{{fill:{box};stroke:{soft}}} .new{{fill:{new};stroke:{new_edge};stroke-width:2}} " \
-        ".line{{fill:none;stroke:{soft};stroke-width:1.5}} .tip{{fill:{soft}}} .grid{{stroke:{edge}}} " \
-        ".one{{fill:none;stroke:{one};stroke-width:2}} .two{{fill:none;stroke:{two};stroke-width:2}} " \
-        ".three{{fill:none;stroke:{three};stroke-width:2}} .dot1{{fill:{one}}} .dot2{{fill:{two}}} .dot3{{fill:{three}}}"
+RULES = (".plate{{fill:{plate};stroke:{edge}}} text{{fill:{ink};font:15px system-ui,sans-serif}} "
+         ".small{{font-size:12px}} .soft{{fill:{soft}}} .box{{fill:{box};stroke:{soft}}} "
+         ".new{{fill:{new};stroke:{new_edge};stroke-width:2}} "
+         ".line{{fill:none;stroke:{soft};stroke-width:1.5}} .tip{{fill:{soft}}} .grid{{stroke:{edge}}} "
+         ".one{{fill:none;stroke:{one};stroke-width:2}} "
+         ".two{{fill:none;stroke:{two};stroke-width:2}} .three{{fill:none;stroke:{three};stroke-width:2}} "
+         ".dot1{{fill:{one}}} .dot2{{fill:{two}}} .dot3{{fill:{three}}}")
 
 
 def svg(width: int, height: int, title: str, marks: list[str]) -> str:
     style = RULES.format(**LIGHT) + " @media (prefers-color-scheme:dark){" + RULES.format(**DARK) + "}"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img">'
+    size = f'viewBox="0 0 {width} {height}" width="{width}"'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
             f"<title>{escape(title)}</title><style>{style}</style>\n"
             f'<rect class="plate" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8"/>\n'
             + "\n".join(marks) + "\n</svg>\n")
@@ -53,35 +56,45 @@ def line(*points, tip=False, classes="line") -> str:
     if tip:     # along the last stretch, which runs straight
         (x0, y0), (x, y) = points[-2:]
         u, v = ((x > x0) - (x < x0)) * 7, ((y > y0) - (y < y0)) * 7
-        mark += f'<path class="tip" d="M{x} {y}L{x - u - v * .6:g} {y - v - u * .6:g}L{x - u + v * .6:g} {y - v + u * .6:g}Z"/>'
+        left, right = ((x - u - w * v, y - v - w * u) for w in (.6, -.6))
+        mark += f'<path class="tip" d="M{x} {y}L{left[0]:g} {left[1]:g}L{right[0]:g} {right[1]:g}Z"/>'
     return mark
+
+
+def circle(x, y, sign) -> list[str]:
+    return [f'<circle class="box" cx="{x}" cy="{y}" r="13"/>', text(x, y + 5, sign)]
 
 
 def block() -> str:
     """One layer, as mamba.py's Mixer.forward walks it; sizes are the 7B's."""
-    marks = [line((20, 46), (1058, 46), tip=True), text(24, 34, "the residual stream, 4096 wide, fp32", "small soft", "start")]
+    marks = [line((20, 46), (1058, 46), tip=True),
+             text(24, 34, "the residual stream, 4096 wide, fp32", "small soft", "start")]
     marks += [line((66, 46), (66, 110), tip=True), *box(20, 110, 92, 44, "RMSNorm"),
               line((112, 132), (130, 132), tip=True), *box(130, 110, 108, 44, "in_proj", "4096 → 2 · 8192"),
               line((238, 132), (282, 132), tip=True), text(260, 124, "x"),
               *box(282, 110, 64, 44, "conv", "4 taps"), line((346, 132), (364, 132), tip=True),
               *box(364, 110, 56, 44, "SiLU"), line((420, 132), (800, 132), tip=True),
               text(780, 124, "x")]
-    marks += [line((436, 132), (436, 247), (456, 247), tip=True), *box(456, 180, 84, 134, "x_proj", "8192 → 288")]
+    marks += [line((436, 132), (436, 247), (456, 247), tip=True),
+              *box(456, 180, 84, 134, "x_proj", "8192 → 288")]
     for y, name, size in (204, "dt", 256), (247, "B", 16), (290, "C", 16):
         marks += [line((540, y), (580, y), tip=True), text(559, y - 7, name),
-                  *box(580, y - 17, 92, 34, "RMSNorm", classes="new"), text(676, y - 7, f"{size}", "small soft", "start"),
+                  *box(580, y - 17, 92, 34, "RMSNorm", classes="new"),
+                  text(676, y - 7, f"{size}", "small soft", "start"),
                   line((672, y), (706 if name == "dt" else 800, y), tip=True)]
     marks += [*box(706, 187, 74, 34, "dt_proj"), line((780, 204), (800, 204), tip=True),
               *box(800, 110, 72, 204, "scan", "8192 × 16")]
     marks += [line((260, 132), (260, 352), (364, 352), tip=True), text(268, 345, "z, the gate", "", "start"),
               *box(364, 335, 56, 34, "SiLU"), line((420, 352), (902, 352), (902, 226), tip=True),
-              line((872, 212), (888, 212), tip=True), '<circle class="box" cx="902" cy="212" r="13"/>', text(902, 217, "×"),
+              line((872, 212), (888, 212), tip=True), *circle(902, 212, "×"),
               line((915, 212), (934, 212), tip=True), *box(934, 190, 84, 44, "out_proj", "8192 → 4096"),
-              line((976, 190), (976, 59), tip=True), '<circle class="box" cx="976" cy="46" r="13"/>', text(976, 51, "+")]
+              line((976, 190), (976, 59), tip=True), *circle(976, 46, "+")]
     marks += ['<rect class="new" x="20" y="212" width="18" height="18" rx="3"/>',
-              text(46, 226, "the three norms that", "small", "start"), text(46, 243, "Falcon-Mamba adds to", "small", "start"),
+              text(46, 226, "the three norms that", "small", "start"),
+              text(46, 243, "Falcon-Mamba adds to", "small", "start"),
               text(46, 260, "Mamba: no weights", "small", "start")]
-    return svg(1078, 386, "One Falcon-Mamba layer: the Mamba block, with three RMSNorms on dt, B and C", marks)
+    title = "One Falcon-Mamba layer: the Mamba block, with three RMSNorms on dt, B and C"
+    return svg(1078, 386, title, marks)
 
 
 def tree() -> str:
@@ -107,7 +120,8 @@ def tree() -> str:
         for a, b, kind in move:
             marks.append(line((left + wide * a, y - high + 18), (left + wide * b, y), classes=kind))
             first[b] = first[a]
-            marks.append(f'<circle class="dot{1 if kind == "one" else 3}" cx="{left + wide * b}" cy="{y}" r="5"/>')
+            dot = "dot1" if kind == "one" else "dot3"
+            marks.append(f'<circle class="{dot}" cx="{left + wide * b}" cy="{y}" r="5"/>')
             marks.append(text(left + wide * b - 9, y + 18, f"{first[b]}–{b}", "small", "end"))
         marks.append(text(left + wide * 7 + 34, y + 5, f"move {k}", "soft", "start"))
     marks += [text(left + wide * t, bottom + 52, f"h{t}") for t in range(8)]
@@ -135,15 +149,18 @@ def chart(left: int, top: int, width: int, height: int, title: str, under: str, 
 
     def at(x, y):
         return left + (x_of(x) - x0) / (x1 - x0) * width, top + height - (y - low) / (high - low) * height
-    marks = [text(left, top - 12, title, "", "start"), text(left + width, top + height + 36, under, "small soft", "end")]
+    marks = [text(left, top - 12, title, "", "start"),
+             text(left + width, top + height + 36, under, "small soft", "end")]
     for v in ticks(low, high):
         y = at(min(xs), v)[1]
-        marks += [f'<path class="grid" d="M{left} {y:.1f}H{left + width}"/>', text(left - 8, y + 4, f"{v:g}", "small soft", "end")]
+        marks += [f'<path class="grid" d="M{left} {y:.1f}H{left + width}"/>',
+                  text(left - 8, y + 4, f"{v:g}", "small soft", "end")]
     for v in sorted(set(xs)) if x_log else ticks(x0, x1):
         marks.append(text(at(v, low)[0], top + height + 18, x_label(v), "small soft"))
     for x, y in dots:
         u, v = at(x, y)
-        marks += [f'<circle class="dot2" cx="{u:.1f}" cy="{v:.1f}" r="4"/>', text(u - 8, v - 8, f"{y:.2f}", "small", "end")]
+        marks += [f'<circle class="dot2" cx="{u:.1f}" cy="{v:.1f}" r="4"/>',
+                  text(u - 8, v - 8, f"{y:.2f}", "small", "end")]
     return marks + [line(*(at(x, y) for x, y in curve), classes=kind) for kind, curve in curves.items()]
 
 
@@ -164,9 +181,10 @@ def schedule() -> str:
 def loss() -> str:
     """The default run of train.py that assets/loss.jsonl was taken from."""
     rows = [json.loads(row) for row in (ASSETS / "loss.jsonl").read_text().splitlines()]
-    marks = chart(62, 62, 540, 200, "nats a byte: each step's own, and held out (dots)", "thousand tokens seen",
-                  {"one": [(row["tokens"] / 1e3, row["loss"]) for row in rows]},
-                  dots=[(row["tokens"] / 1e3, row["held_out"]) for row in rows if "held_out" in row])
+    steps = [(row["tokens"] / 1e3, row["loss"]) for row in rows]
+    dots = [(row["tokens"] / 1e3, row["held_out"]) for row in rows if "held_out" in row]
+    marks = chart(62, 62, 540, 200, "nats a byte: each step's own, and held out (dots)",
+                  "thousand tokens seen", {"one": steps}, dots=dots)
     return svg(640, 320, "Loss of the default run of train.py", marks)
 
 
@@ -193,12 +211,12 @@ def cost() -> str:
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
 
-PICTURES = {"block.svg": block, "tree.svg": tree, "schedule.svg": schedule, "loss.svg": loss, "cost.svg": cost}
+PICTURES = {f"{picture.__name__}.svg": picture for picture in (block, tree, schedule, loss, cost)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the README's pictures into assets/.")
-    parser.add_argument("metrics", nargs="?", type=Path, help="a run's metrics.jsonl, for loss.svg (else the kept one)")
+    parser.add_argument("metrics", nargs="?", type=Path, help="a run's metrics.jsonl, for a new loss.svg")
     if metrics := parser.parse_args().metrics:
         keep(metrics)
     for name, picture in PICTURES.items():

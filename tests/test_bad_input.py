@@ -1,15 +1,15 @@
-"""Bad input is answered with one plain sentence on standard error and a non-zero exit: no traceback, nothing half done.
+"""Bad input ends in one plain sentence on standard error and a non-zero exit, with nothing half done.
 
     python -m pytest tests/test_bad_input.py
 
-The programs run inside this process wherever that is possible, since importing torch again takes seconds. What makes
-a place unwritable is a file where a folder should be or a limit on file sizes, as root may write anywhere else.
+The programs run inside this process wherever that is possible, since importing torch again takes seconds. A
+place is made unwritable by a file where a folder should be or a limit on file sizes, as root may write to any
+other. test_fuzz.py adds what nobody thought of.
 """
 import contextlib
 import io
 import json
 import os
-import random
 import resource
 import shutil
 import struct
@@ -36,7 +36,7 @@ SIZES = {"d_model": 8, "n_layer": 2, "d_state": 3, "d_conv": 4}
 
 def assert_sentence(text, *words):
     """One line of plain words that a person can read at a glance, holding all of `words`."""
-    assert "Traceback" not in text and "Exception ignored" not in text
+    assert "Traceback" not in text and "Exception ignored" not in text, text
     assert len(text.strip().splitlines()) == 1, f"not one line: {text!r}"
     assert " " in text and len(text) < 600, f"{len(text)} characters: {text[:600]!r}"
     assert text.strip().isprintable(), f"control characters in {text!r}"
@@ -71,7 +71,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(call):
-    """refused(module, *flags, words=...) asserts that the program ends in one sentence and has written nothing."""
+    """refused(module, *flags, words=...) asserts that the program ends in one sentence and wrote nothing."""
     def run(module, *flags, words=()):
         status, out, err = call(module, *flags)
         assert status not in (0, None) and out == ""
@@ -140,7 +140,8 @@ def shard(folder, names=("a.safetensors", "b.safetensors")):
 
 
 def write_index(folder, weight_map):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def logits(model):
@@ -151,7 +152,8 @@ def logits(model):
 def small_shards(monkeypatch):
     """From here on save_pretrained cuts even this model into many files."""
     save = huggingface_hub.save_torch_state_dict
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda t, f, **_: save(t, f, max_shard_size="2KB"))
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict",
+                        lambda tensors, folder, **_: save(tensors, folder, max_shard_size="2KB"))
 
 
 # Folders.
@@ -159,7 +161,7 @@ def small_shards(monkeypatch):
 
 def test_a_whole_folder_loads_and_generates(folder, call):
     """Or the refusals below would prove nothing."""
-    status, out, err = call(sample, "--model", folder, "--prompt", "def ", "--max-new-tokens", 5, "--temperature", 0)
+    status, out, err = call(sample, "--model", folder, "--prompt", "def ", "--max-new-tokens", 5)
     assert status == 0 and out.startswith("def ") and "tokens/s" in err
     assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(Mamba.from_pretrained(str(folder))))
 
@@ -173,7 +175,8 @@ def test_a_file_where_a_folder_should_be_is_named(folder):
     fault(folder / "config.json", "config.json", "not a folder")
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model", "a\0b", "model\udcff", "../../a/b/c", "-a/b", "~"])
+@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model", "a\0b", "model\udcff", "../../a/b/c",
+                                  "-a/b", "~"])
 def test_a_name_that_can_be_no_folder_is_a_sentence(name, monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)     # such a name is not looked up
@@ -187,7 +190,8 @@ def test_an_empty_folder_is_not_a_checkpoint(tmp_path, refused):
     refused(sample, "--model", tmp_path, "--prompt", "a")
 
 
-@pytest.mark.parametrize("kind", ["mamba", "llama", "mamba2", "", None, 7, ["falcon_mamba"], "a\nb", "x" * 10**5])
+@pytest.mark.parametrize("kind", ["mamba", "llama", "mamba2", "", None, 7, ["falcon_mamba"], "a\nb",
+                                  "x" * 10**5])
 def test_another_architecture_is_refused_by_its_name(folder, kind, refused):
     edit(folder, model_type=kind)
     fault(folder, "model_type", "falcon_mamba")
@@ -228,8 +232,8 @@ def test_a_missing_size_is_named(folder, name):
 
 
 NAN, INF = float("nan"), float("inf")
-ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {}, {"a": 8},
-                "x" * 10**5],
+ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {},
+                {"a": 8}, "x" * 10**5],
           float: [-1, 0, 1, 5.0, NAN, INF, 10**400, "1e-5", True, [], [1e-5], {}],
           bool: [0, 1, "true", "", NAN, [], {}, 1.0]}
 
@@ -238,7 +242,7 @@ ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", Tr
 def test_absurd_config_values_are_refused_by_their_published_names(folder, f):
     name, whole = PUBLISHED.get(f.name, f.name), json.loads((folder / "config.json").read_text())
     for value in ABSURD[f.type]:
-        for derived in ((), ("intermediate_size", "time_step_rank")):    # both may be left to follow from hidden_size
+        for derived in ((), ("intermediate_size", "time_step_rank")):    # both may follow from hidden_size
             edit(folder, drop=[key for key in derived if key != name], **whole | {name: value})
             if f.name == "eos_token_id" and value == [8]:                # a list is published for some models
                 continue
@@ -263,25 +267,11 @@ def test_truncated_weights_are_refused_wherever_they_end(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + struct.unpack("<Q", whole[:8])[0]
-    for length in [0, 1, 7, 8, 9, 100, header - 1, header, header + 1, len(whole) // 2, len(whole) - 4, len(whole) - 1]:
+    for length in [0, 1, 7, 8, 9, 100, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:length])
         fault(folder, "model.safetensors")
     path.write_bytes(whole + b"\0" * 8)
     fault(folder, "model.safetensors")
-
-
-def test_a_damaged_header_is_a_sentence_or_does_no_harm(folder):
-    path, dice = folder / "model.safetensors", random.Random(0)
-    whole = path.read_bytes()
-    header = 8 + struct.unpack("<Q", whole[:8])[0]
-    for position in [*range(8), *(dice.randrange(8, header) for _ in range(150))]:
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << dice.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            Mamba.from_pretrained(folder)
-        except CheckpointError as e:
-            assert_sentence(str(e))
 
 
 @pytest.mark.parametrize("claim", [2**40, 2**63, 2**64 - 1, 100_000_001])
@@ -367,10 +357,11 @@ def test_shards_load_to_the_same_model(folder, pristine):
     assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(Mamba.from_pretrained(pristine)))
 
 
-@pytest.mark.parametrize("target", ["../secret.safetensors", "/etc/passwd", "{absolute}", "sub/a.safetensors",
-                                    "..", ".", "", "a.bin", "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors",
-                                    "a.safetensors/", "a\0.safetensors", "\ud800.safetensors", "config.json",
-                                    "a\n.safetensors", "x" * 10**5 + ".safetensors", "..\\secret.safetensors"])
+@pytest.mark.parametrize("target", [
+    "../secret.safetensors", "/etc/passwd", "{absolute}", "sub/a.safetensors", "..", ".", "", "a.bin",
+    "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors", "a.safetensors/", "a\0.safetensors",
+    "\ud800.safetensors", "config.json", "a\n.safetensors", "x" * 10**5 + ".safetensors",
+    "..\\secret.safetensors"])
 def test_an_index_that_points_elsewhere_is_refused(folder, target):
     weight_map = shard(folder)
     for place in (folder.parent, folder / "sub"):
@@ -402,9 +393,9 @@ def test_a_tensor_in_two_shards_is_named(folder):
     fault(folder, "second time", "c.safetensors")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5,
-                                  '{"weight_map": {"a": null}}', '{"weight_map": "a.safetensors"}',
-                                  '{"weight_map": {}}'])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}',
+                                  "[" * 10**5, '{"weight_map": {"a": null}}', '{"weight_map": {}}',
+                                  '{"weight_map": "a.safetensors"}'])
 def test_a_broken_index_is_a_sentence(folder, text):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text(text)
@@ -419,7 +410,8 @@ def test_a_missing_tokenizer_is_named(folder, refused):
     refused(sample, "--model", folder, "--prompt", "a", words=["tokenizer.json"])
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 10**5, "\xff", '{"version": "9.0"}', '{"model": null}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 10**5, "\xff", '{"version": "9.0"}',
+                                  '{"model": null}'])
 def test_a_broken_tokenizer_is_a_sentence(folder, text, refused):
     (folder / "tokenizer.json").write_bytes(text.encode("latin1"))
     refused(sample, "--model", folder, "--prompt", "a", words=["tokenizer.json"])
@@ -456,7 +448,7 @@ def test_characters_that_the_tokenizer_drops_are_warned_about(folder, call):
 
 def test_nothing_is_warned_about_when_nothing_is_dropped(folder, call):
     tokenizer = word_tokenizer({"a": 0, "b": 1})
-    tokenizer.normalizer = normalizers.Lowercase()      # 'A' is read as 'a': not what was typed, but not dropped either
+    tokenizer.normalizer = normalizers.Lowercase()      # 'A' is read as 'a': not as typed, but not dropped
     tokenizer.save(str(folder / "tokenizer.json"))
     for prompt in ("ab", "Ab"):
         status, _, err = call(sample, "--model", folder, "--prompt", prompt, "--max-new-tokens", 1)
@@ -488,9 +480,10 @@ def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(folder, c
     ["--temperature", "-1"], ["--temperature", "nan"], ["--temperature", "inf"], ["--temperature", "hot"],
     ["--top-k", "0"], ["--top-k", "-3"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-p", "nan"],
     ["--seed", "-1"], ["--seed", str(2**64)], ["--num-samples", "0"], ["--num-samples", "-1"],
-    ["--dtype", "int8"], ["--quantize", "int4"], ["--device", "warp9"], ["--device", ""], ["--device", "cuda:99"],
-    ["--device", "cpu:-1"], ["--device", "xla"], ["--device", "mkldnn"], ["--device", "hpu"],
-    ["--unknown"], ["stray"], ["--model"], ["--prompt"], ["--temperature", ""]], ids=lambda f: " ".join(f)[:30] or "''")
+    ["--dtype", "int8"], ["--quantize", "int4"], ["--device", "warp9"], ["--device", ""],
+    ["--device", "cuda:99"], ["--device", "cpu:-1"], ["--device", "xla"], ["--device", "mkldnn"],
+    ["--device", "hpu"], ["--unknown"], ["stray"], ["--model"], ["--prompt"], ["--temperature", ""]],
+    ids=lambda flags: " ".join(flags)[:30])
 def test_flags_out_of_range_are_refused(folder, refused, flags):
     refused(sample, "--model", folder, "--prompt", "a", *flags)
 
@@ -511,7 +504,8 @@ def test_a_device_without_memory_is_refused(folder, refused):
 
 def test_no_bitsandbytes_is_a_sentence_that_names_the_pip_command(folder, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)       # import then raises ImportError
-    refused(sample, "--model", folder, "--prompt", "a", "--quantize", "nf4", words=["pip install bitsandbytes"])
+    refused(sample, "--model", folder, "--prompt", "a", "--quantize", "nf4",
+            words=["pip install bitsandbytes"])
 
 
 def test_no_compiler_is_a_sentence(folder, refused, monkeypatch):
@@ -528,9 +522,9 @@ def test_a_prompt_of_bytes_that_are_no_text_is_refused(folder, refused):
     refused(sample, "--model", folder, "--prompt", "caf\udce9", words=["prompt", "UTF-8"])
 
 
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])    # what Python does in UTF-8 locales, and in C
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])    # Python's way in UTF-8 locales, and in C
 def test_standard_input_that_is_no_text_is_refused(folder, refused, errors, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
     refused(sample, "--model", folder, "--prompt", "-")
 
 
@@ -551,8 +545,8 @@ def test_running_out_of_memory_is_a_sentence(folder, call, monkeypatch):
 
 
 def subprocess_run(*command, stdout=subprocess.PIPE, **env):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=REPO, stdout=stdout, stderr=subprocess.PIPE,
-                          text=True, env=os.environ | env, timeout=60)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=REPO, env=os.environ | env, text=True,
+                          stdout=stdout, stderr=subprocess.PIPE, timeout=60)
 
 
 def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_on(tmp_path):
@@ -570,7 +564,8 @@ def test_a_hub_that_answers_in_many_lines_is_still_a_sentence(monkeypatch, refus
 
 def test_standard_output_that_takes_no_more_is_a_sentence(folder):
     with open("/dev/full", "w") as full:
-        done = subprocess_run("sample.py", "--model", folder, "--prompt", "a", "--max-new-tokens", "3", stdout=full)
+        done = subprocess_run("sample.py", "--model", folder, "--prompt", "a", "--max-new-tokens", "3",
+                              stdout=full)
     assert done.returncode not in (0, 120)
     notes = [line for line in done.stderr.splitlines() if not line.startswith(str(folder))]
     assert_sentence("\n".join(notes), "sample.py")
@@ -583,7 +578,8 @@ def test_standard_output_that_takes_no_more_is_a_sentence(folder):
 def state(folder, call, tmp_path):
     """A state file of the model in `folder`."""
     path = tmp_path / "state"
-    assert call(sample, "--model", folder, "--prompt", "def", "--max-new-tokens", 3, "--save-state", path)[0] == 0
+    flags = ["--prompt", "def", "--max-new-tokens", 3, "--save-state", path]
+    assert call(sample, "--model", folder, *flags)[0] == 0
     return path
 
 
@@ -594,7 +590,8 @@ def test_a_kept_state_continues(folder, state, call):
 
 def test_a_file_that_is_no_state_is_refused(folder, refused, tmp_path, state):
     whole = state.read_bytes()
-    for content in [b"", b"text", b"\0" * 100, whole[:-1], whole[:len(whole) // 2], whole[:50], whole + b"\0" * 8]:
+    half = whole[:len(whole) // 2]
+    for content in [b"", b"text", b"\0" * 100, whole[:-1], half, whole[:50], whole + b"\0" * 8]:
         state.write_bytes(content)
         refused(sample, "--model", folder, "--load-state", state, words=[state])
     refused(sample, "--model", folder, "--load-state", tmp_path / "nope", words=["nope"])
@@ -616,8 +613,9 @@ def test_a_state_of_another_models_sizes_is_refused_with_both(folder, refused, s
     refused(sample, "--model", folder, "--load-state", state)
 
 
-@pytest.mark.parametrize("name, dtype", [("conv", torch.int32), ("ssm", torch.int64), ("ssm", torch.bool),
-                                         ("last", torch.float32), ("last", torch.bool), ("conv", torch.complex64)])
+@pytest.mark.parametrize("name, dtype", [
+    ("conv", torch.int32), ("conv", torch.complex64), ("ssm", torch.int64), ("ssm", torch.bool),
+    ("last", torch.float32), ("last", torch.bool)])
 def test_a_state_of_the_wrong_kind_of_numbers_is_refused(folder, refused, state, name, dtype):
     tensors = load_file(state)
     save_file(tensors | {name: tensors[name].to(dtype)}, state)
@@ -697,7 +695,7 @@ def test_a_first_save_that_fails_leaves_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("move", range(1, 5))
-def test_a_save_that_fails_between_two_files_leaves_the_old_checkpoint_whole(folder, shards, move, monkeypatch):
+def test_a_save_that_fails_between_two_files_leaves_the_old_checkpoint(folder, shards, move, monkeypatch):
     before = logits(Mamba.from_pretrained(folder))
     if shards:
         small_shards(monkeypatch)
@@ -778,8 +776,8 @@ def text(tmp_path):
     return path
 
 
-QUICK = ["--total-tokens", 64, "--context", 16, "--batch-start", 1, "--batch-end", 2, "--d-model", 8, "--n-layer", 1,
-         "--d-state", 2, "--device", "cpu"]
+START = ["--total-tokens", 64, "--context", 16, "--batch-start", 1, "--batch-end", 2, "--device", "cpu"]
+QUICK = [*START, "--d-model", 8, "--n-layer", 1, "--d-state", 2]
 
 
 @pytest.fixture
@@ -824,7 +822,7 @@ def test_a_folder_of_text_may_hold_what_is_no_file(call, text, tmp_path):
 
     def write():
         with contextlib.suppress(OSError):
-            (tmp_path / "notes" / "pipe").write_text("so that who reads the pipe fails here, and does not wait")
+            (tmp_path / "notes" / "pipe").write_text("so that who reads it fails here, and does not wait")
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     assert call(train, "--data", tmp_path / "notes", "--out", tmp_path / "made", *QUICK)[0] == 0
@@ -861,41 +859,38 @@ def test_a_tokenizer_that_is_missing_or_broken_is_named(untrained, tmp_path, fol
     untrained("--tokenizer", tmp_path, words=[tmp_path])
 
 
-def test_a_tokenizer_with_gaps_trains_or_is_refused(call, text, tmp_path):
+def test_a_tokenizer_with_gaps_trains(call, text, tmp_path):
     tokenizer = word_tokenizer({"t": 0, "h": 500})
     tokenizer.add_special_tokens([train.END])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    status, _, err = call(train, "--data", text, "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "made",
-                          *QUICK, "--context", 2)
-    assert status == 0 or assert_sentence(complaint(err)) is None
-
-
-START = ["--total-tokens", 64, "--context", 16, "--batch-start", 1, "--batch-end", 2, "--device", "cpu"]
+    assert call(train, "--data", text, "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "made",
+                *QUICK, "--context", 2)[0] == 0
 
 
 def test_a_start_that_is_missing_or_does_not_fit_is_refused(refused, text, tmp_path, folder):
-    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", tmp_path / "nope", words=["nope"])
-    word_tokenizer({chr(0x4e00 + i): i for i in range(300)} | {train.END: 300}).save(str(tmp_path / "tokenizer.json"))
-    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", folder,
-            "--tokenizer", tmp_path / "tokenizer.json", words=["257"])
-    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", folder, "--d-model", "8",
-            words=["--init-from", "d_model"])
+    def start(model, *flags, words):
+        refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", model, *flags,
+                words=words)
+        assert not (tmp_path / "made").exists()
+    start(tmp_path / "nope", words=["nope"])
+    large = {chr(0x4e00 + i): i for i in range(300)} | {train.END: 300}
+    word_tokenizer(large).save(str(tmp_path / "tokenizer.json"))
+    start(folder, "--tokenizer", tmp_path / "tokenizer.json", words=["257"])
+    start(folder, "--d-model", "8", words=["--init-from", "d_model"])
     (folder / "tokenizer.json").unlink()
-    refused(train, "--data", text, "--out", tmp_path / "made", *START, "--init-from", folder, words=["tokenizer.json"])
-    assert not (tmp_path / "made").exists()
+    start(folder, words=["tokenizer.json"])
 
 
 @pytest.mark.parametrize("flags", [
     ["--total-tokens", "-1"], ["--total-tokens", "1.5"], ["--total-tokens", "0"], ["--context", "0"],
-    ["--context", "-1"],
-    ["--batch-start", "0"], ["--batch-end", "0"], ["--batch-start", "-1"], ["--batch-start", str(2**60)],
-    ["--lr", "nan"], ["--lr", "-1"], ["--lr", "inf"], ["--lr", "x"], ["--decay-factor", "0"], ["--decay-factor", "nan"],
-    ["--beta1", "1"], ["--beta2", "1"], ["--beta1", "-1"], ["--beta2", "2"], ["--clip", "nan"],
-    ["--weight-decay", "-1"],
-    ["--seed", "-1"], ["--seed", "x"], ["--d-model", "0"], ["--n-layer", "0"], ["--d-state", "0"], ["--d-conv", "0"],
-    ["--d-model", "-8"], ["--d-model", "x"], ["--n-layer", "5000"], ["--initializer-range", "0"],
-    ["--initializer-range", "5"], ["--initializer-range", "nan"], ["--device", "warp9"], ["--unknown"], ["stray"],
-    ["--data"], ["--d-model", str(2**20)]], ids=" ".join)
+    ["--context", "-1"], ["--batch-start", "0"], ["--batch-end", "0"], ["--batch-start", "-1"],
+    ["--batch-start", str(2**60)], ["--lr", "nan"], ["--lr", "-1"], ["--lr", "inf"], ["--lr", "x"],
+    ["--decay-factor", "0"], ["--decay-factor", "nan"], ["--beta1", "1"], ["--beta2", "1"], ["--beta1", "-1"],
+    ["--beta2", "2"], ["--clip", "nan"], ["--weight-decay", "-1"], ["--seed", "-1"], ["--seed", "x"],
+    ["--d-model", "0"], ["--n-layer", "0"], ["--d-state", "0"], ["--d-conv", "0"], ["--d-model", "-8"],
+    ["--d-model", "x"], ["--n-layer", "5000"], ["--initializer-range", "0"], ["--initializer-range", "5"],
+    ["--initializer-range", "nan"], ["--device", "warp9"], ["--unknown"], ["stray"], ["--data"],
+    ["--d-model", str(2**20)]], ids=" ".join)
 def test_training_flags_out_of_range_are_refused(untrained, flags):
     untrained(*flags)
 

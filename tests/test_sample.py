@@ -1,6 +1,7 @@
 """The sampler: what it draws, what it keeps, and what it shows."""
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def test_the_same_seed_writes_the_same_text_and_only_text(folder, monkeypatch, c
 def test_unequal_prompts_write_what_each_writes_alone(folder, monkeypatch, capsys):
     flags = ["--max-new-tokens", "12", "--temperature", "0"]
     alone = [run(monkeypatch, capsys, folder, "--prompt", p, *flags).out for p in ("a", "hello there")]
-    assert run(monkeypatch, capsys, folder, "--prompt", "a", "--prompt", "hello there", *flags).out == "".join(alone)
+    both = run(monkeypatch, capsys, folder, "--prompt", "a", "--prompt", "hello there", *flags).out
+    assert both == "".join(alone)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4])
@@ -107,12 +109,13 @@ def test_the_tokenizer_agrees_with_the_published_vectors():
 @pytest.mark.skipif("FALCON_MAMBA_7B" not in os.environ,
                     reason="set FALCON_MAMBA_7B to a folder with tiiuae/falcon-mamba-7b to run it")
 def test_the_published_7b_writes_its_published_text(monkeypatch, capsys):
-    out = run(monkeypatch, capsys, os.environ["FALCON_MAMBA_7B"], "--prompt", "Hello today", "--temperature", "0",
-              "--max-new-tokens", "20").out
-    assert out.startswith("Hello today I am going to show you how to make a simple and easy to make paper plane.\nStep")
+    flags = ["--prompt", "Hello today", "--temperature", "0", "--max-new-tokens", "20"]
+    out = run(monkeypatch, capsys, os.environ["FALCON_MAMBA_7B"], *flags).out
+    assert out.startswith("Hello today I am going to show you how to make "
+                          "a simple and easy to make paper plane.\nStep")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: there are no graphs to replay elsewhere")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: nothing else replays graphs")
 def test_replaying_the_graph_writes_what_eager_steps_write(folder):
     model, prompt = Mamba.from_pretrained(folder, "cuda"), torch.tensor([[1, 2, 3], [9, 8, 7]], device="cuda")
     text = prompt
@@ -124,8 +127,7 @@ def test_replaying_the_graph_writes_what_eager_steps_write(folder):
 
 
 def test_a_reader_who_leaves_ends_it_quietly(folder):
-    import subprocess
-    command = f"{sys.executable} sample.py --model {folder} --prompt a --max-new-tokens 3000 --device cpu | head -c 1"
-    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True,
-                           cwd=Path(sample.__file__).parent)
+    flags = f"--model {folder} --prompt a --max-new-tokens 3000 --device cpu"
+    command = f"{sys.executable} {sample.__file__} {flags} | head -c 1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout == "a" and "rror" not in ended.stderr

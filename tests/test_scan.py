@@ -11,11 +11,11 @@ BACKENDS = ["auto", "naive", "parallel", "chunked"]
 
 
 def inputs(seed, b, l, d, n, step=0.0, resets=0.0):
-    """Random arguments; `step` shifts dt: -12 makes steps of 1e-5, 4 makes steps of 4 that forget nearly all."""
+    """Random arguments. `step` shifts dt: -12 makes steps of 1e-5, 4 steps of 4, which forget nearly all."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g)
-    return dict(x=rand(b, l, d), dt=rand(b, l, d) + step, A=-torch.exp(rand(d, n)), B=rand(b, l, n), C=rand(b, l, n),
-                D=rand(d), z=rand(b, l, d), dt_bias=rand(d), h0=rand(b, d, n),
+    return dict(x=rand(b, l, d), dt=rand(b, l, d) + step, A=-torch.exp(rand(d, n)), B=rand(b, l, n),
+                C=rand(b, l, n), D=rand(d), z=rand(b, l, d), dt_bias=rand(d), h0=rand(b, d, n),
                 reset=torch.rand(b, l, generator=g) < resets)
 
 
@@ -44,7 +44,7 @@ def with_gradients(scan, args, **options):
 
 def close(ours, exact, tolerance):
     for name, value in ours.items():
-        # These two gradients are sums over all steps. Where the terms cancel, the sum is only as exact as they are.
+        # These two gradients are sums over all steps: where the terms cancel, only as exact as they are.
         terms = {"dt_bias": "dt", "D": "y"}.get(name, name)
         scale = max(exact[name].abs().max(), exact[terms].abs().max()).clamp(min=1e-3)
         assert (value.double() - exact[name]).abs().max() <= tolerance * scale, name
@@ -99,7 +99,7 @@ def test_nothing_passes_a_reset(backend):
     args = inputs(4, 1, 30, 3, 4)
     args["reset"][:, 17] = True
     y, h = selective_scan(**args, backend=backend)
-    tail = {k: v[:, 17:] if k in ("x", "dt", "B", "C", "z") else v for k, v in args.items() if k not in ("h0", "reset")}
+    tail = args | {k: args[k][:, 17:] for k in ("x", "dt", "B", "C", "z")} | {"h0": None, "reset": None}
     y2, h2 = selective_scan(**tail, backend=backend)
     assert_close(y[:, 17:], y2, rtol=1e-6, atol=1e-6)
     assert_close(h, h2, rtol=1e-6, atol=1e-6)
@@ -131,7 +131,9 @@ def test_training_never_holds_a_state_for_every_step():
     def pack(t):
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
-    args = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in inputs(8, 1, 512, 64, 16).items()}
+    args = inputs(8, 1, 512, 64, 16)
+    for value in args.values():
+        value.requires_grad_(value.is_floating_point())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         selective_scan(**args)
-    assert sum(saved.values()) < 0.6 * 4 * 512 * 64 * 16     # naive and parallel save several times 4 l d n bytes
+    assert sum(saved.values()) < 0.6 * 4 * 512 * 64 * 16     # naive and parallel: several times 4 l d n bytes
