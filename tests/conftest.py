@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from hypothesis import settings
 
-# The same examples everywhere, so that a failure can be repeated; HYPOTHESIS_PROFILE=default looks for new ones.
+# The same examples everywhere, so a failure can be repeated. HYPOTHESIS_PROFILE=default looks for others.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
