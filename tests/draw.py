@@ -160,7 +160,7 @@ def chart(left: int, top: int, width: int, height: int, title: str, under: str, 
     for x, y in dots:
         u, v = at(x, y)
         marks += [f'<circle class="dot2" cx="{u:.1f}" cy="{v:.1f}" r="4"/>',
-                  text(u - 8, v - 8, f"{y:.2f}", "small", "end")]
+                  text(u, v + 30, f"{y:.2f}", "small", "end")]
     return marks + [line(*(at(x, y) for x, y in curve), classes=kind) for kind, curve in curves.items()]
 
 
@@ -206,8 +206,11 @@ def cost() -> str:
     for column, (title, name) in enumerate(panels):
         curves = {kind: [(row["tokens"], row[name]) for row in rows if row["peer"] == peer]
                   for kind, peer in (("one", "ours"), ("two", "attention"))}
-        marks += chart(62 + 380 * column, 62, 290, 160, title, "tokens before it", curves, x_log=True,
+        marks += chart(62 + 380 * column, 78, 290, 144, title, "tokens before it", curves, x_log=True,
                        x_label=lambda v: f"{v:g}" if v < 1000 else f"{v / 1024:g}k")
+    for i, (kind, words) in enumerate((("dot1", "Falcon-Mamba, this code"), ("dot2", "attention"))):
+        marks += [f'<circle class="{kind}" cx="{68 + 200 * i}" cy="24" r="5"/>',
+                  text(80 + 200 * i, 28, words, "small", "start")]
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
 
