@@ -355,6 +355,30 @@ def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
         assert all(torch.equal(a, b) for a, b in zip(compiled(None, **token), selective_scan(**token)))
 
 
+def test_fully_sharded_blocks_train_around_it(monkeypatch):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    import scan
+    from mamba import Mamba, MambaConfig
+    monkeypatch.setattr(scan, "default_backend", lambda device, l: "triton")
+    model = Mamba(MambaConfig(vocab_size=11, d_model=4, n_layer=2, d_state=2)).to(DEVICE)
+    tokens = torch.arange(6, device=DEVICE)[None]
+    model(tokens)[0].logsumexp(-1).sum().backward()
+    wanted = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for block in model.backbone.layers:
+            fully_shard(block)
+        fully_shard(model)
+        model(tokens)[0].logsumexp(-1).sum().backward()
+        for p, gradient in zip(model.parameters(), wanted):
+            torch.testing.assert_close(p.grad.full_tensor(), gradient)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_chunks_are_counted_from_the_sizes():
     count = scan_triton.chunk_count
     assert count(1, 8192, 8192, 132) == 33                # the 7B, one sequence, H100: 64 warps an SM
