@@ -66,7 +66,7 @@ SHUFFLED = 2**20           # rows in one order: a corpus may have billions, too 
 
 
 def flag(default, help, low=0, high=2**60):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+    return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -704,7 +704,7 @@ def prepare(out: Path) -> None:
 
 
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
-    paths, recipe = named_data(args.data or [], recipe)
+    paths, recipe = named_data(args.data, recipe)
     source = recipe.init_from or (args.out if args.eval_only else None)
     folder = find(source) if source else None
     tokenizer = open_tokenizer(args.tokenizer or (folder / "tokenizer.json" if folder else None))
@@ -755,65 +755,54 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     say(tokenizer.decode(text))
 
 
-@dataclass
-class Options:
-    """How a run is run. None of it changes a loss."""
-    recipe: str = flag("tiny", f"gives the defaults: {', '.join(RECIPES)}")
-    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
-                           "name=path:share; repeat for more (else the sources of Python's standard library)")
-    out: Path = flag(Path("out"), "folder for all results")
-    tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
-    tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
-    resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
-    eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
-    plan: bool = flag(False, "only print the run's steps, rates, days and memory")
-    world_size: int = flag(1, "GPUs, for that plan", 1, 2**20)
-    mfu: float = flag(0.18, "the part of the GPUs' peak that training reaches, for that plan", 1e-3, 1)
-    micro_batch: int = flag(16, "sequences that a GPU runs at a time", 1)
-    checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
-    compile: bool = flag(False, "torch.compile the blocks")
-    checkpoint_every: int = flag(100, "steps", 1)
-    eval_every: int = flag(200, "steps", 1)
-    keep: int = flag(2, "checkpoints", 1)
-    device: sample.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one")
-
-
 def value(kind: type, low: float = 0, high: float = 2**60):
-    """An argparse type: a number from low to high, several with commas, or whatever else `kind` is."""
-    if hasattr(kind, "__args__"):                           # tuple[int], tuple[str]
+    """An argparse type: a number from low to high, several with commas, or a text."""
+    if kind in (tuple[int], tuple[str]):
         one = value(kind.__args__[0], low, high)
         return lambda text: tuple(one(part) for part in text.split(","))
-    return sample.number(kind, low, high) if kind in (int, float) else kind
+    return kind if kind is str else sample.number(kind, low, high)
 
 
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
-    """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)     # these set others' defaults
-    first.add_argument("--recipe", choices=RECIPES, default="tiny")
-    first.add_argument("--total-tokens", type=value(int, 1))
-    early = first.parse_known_args(arguments)[0]
-    recipe = scaled(RECIPES[early.recipe], early.total_tokens or RECIPES[early.recipe].total_tokens)
+    """What the command line asks for: how to run, the recipe, and the sizes of a fresh model."""
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
-    for cls, given in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, SIZES[early.recipe]):
+    add, count, switch = parser.add_argument, value(int, 1), argparse.BooleanOptionalAction
+    add("--recipe", choices=RECIPES, default="tiny", help="where all that is not given comes from")
+    add("--data", action="append", default=[], help="text file, folder of them, or .bin of tokens, as path, "
+        "name=path or name=path:share; repeat for more (else the sources of Python's standard library)")
+    add("--out", type=Path, default="out", help="folder for all results (default %(default)s)")
+    add("--tokenizer", type=Path, help="a tokenizer.json (else that of --init-from, or one token a byte)")
+    add("--tokenize-to", type=Path, help="only write the tokens of --data to this .bin")
+    add("--resume", action=switch, help="go on from the last checkpoint in --out, if it has one")
+    add("--eval-only", action=switch, help="only print the held-out loss of --init-from, or of --out")
+    add("--plan", action=switch, help="only print the run's steps, rates, days and memory")
+    add("--world-size", type=value(int, 1, 2**20), default=1, help="GPUs, for that plan (default 1)")
+    add("--mfu", type=value(float, 1e-3, 1), default=0.18,
+        help="the part of the GPUs' peak that training reaches, for that plan (default %(default)s)")
+    add("--micro-batch", type=count, default=16, help="sequences a GPU runs at a time (default %(default)s)")
+    add("--checkpoint-activations", action=switch, help="a third more time, for far less memory")
+    add("--compile", action=switch, help="torch.compile the blocks")
+    add("--checkpoint-every", type=count, default=100, help="steps (default %(default)s)")
+    add("--eval-every", type=count, default=200, help="steps (default %(default)s)")
+    add("--keep", type=count, default=2, help="checkpoints (default %(default)s)")
+    add("--device", type=sample.device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
+    for cls, title in (Recipe, "the recipe"), (MambaConfig, "the sizes of a fresh model"):
+        group = parser.add_argument_group(title, "with the defaults of --recipe tiny")
         for f in fields(cls):
-            default, kind = given.get(f.name, f.default), {"type": value(f.type, *[*f.metadata.values()][1:])}
+            kind = {"type": value(f.type, *f.metadata.get("range", ()))} if f.type is not bool else {
+                "action": switch}
+            default = SIZES["tiny"].get(f.name, f.default)
             shown = ",".join(map(str, default)) if type(default) is tuple else default
-            help = f.metadata.get("help", "of a fresh model")
-            help += f" (default {shown})" if shown not in ("", None) else ""
-            if f.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            if f.name == "data":
-                kind = {"action": "append"}
-            if cls is MambaConfig:      # None unless given, as --init-from brings its own
-                default = None
-            flag_name, help = "--" + f.name.replace("_", "-"), help.replace("%", "%%")
-            parser.add_argument(flag_name, default=default, help=help, **kind)
+            about = f.metadata.get("help", "") + (f" (default {shown})" if shown not in ("", None) else "")
+            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
     args = parser.parse_args(arguments)
-    sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
-    if sizes and args.init_from:
+    given, recipe = vars(args), RECIPES[args.recipe]
+    recipe = scaled(recipe, given.get("total_tokens", recipe.total_tokens))
+    recipe = replace(recipe, **{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
+    sizes = {f.name: given[f.name] for f in fields(MambaConfig) if f.name in given}
+    if sizes and recipe.init_from:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
-    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    return args, recipe, SIZES[early.recipe] | sizes
+    return args, recipe, SIZES[args.recipe] | sizes
 
 
 def main() -> None:
