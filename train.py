@@ -35,7 +35,8 @@ import tempfile
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -336,6 +337,11 @@ def over_ranks(*numbers: float) -> list[float]:
     return total.tolist()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each rank may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @contextmanager
 def new_file(path: Path):
     """A file to write, which takes its name when the block ends well, and else leaves no trace."""
@@ -382,7 +388,9 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
-        self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
+        self.sources, self.step, self.tokens, self.group = sources, 0, 0, None
+        self.saving = Future()                  # of the last checkpoint; there is none to wait for
+        self.saving.set_result(None)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for block in model.backbone.layers:
             if args.checkpoint_activations:
@@ -401,18 +409,20 @@ class Trainer:
             "vocabulary": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
             "data": {name: source.size for name, source in sources.items()}}))
 
-    def passes(self, count: int) -> list[np.ndarray]:
-        """Which of `count` rows this rank reads, pass by pass: on every rank as many passes of as many rows.
+    def passes(self, count: int, row: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+        """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass.
 
-        Numbers from `count` on are padding; with it any batch fits any number of ranks.
+        All ranks make as many passes of as many rows: rows of -100 fill the last ones up, so that any batch
+        fits any number of ranks.
         """
-        mine = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
-        return np.array_split(mine, math.ceil(len(mine) / self.args.micro_batch))
+        rows = [row(i).astype(np.int64) for i in range(self.rank, count, self.world)]
+        if len(rows) < math.ceil(count / self.world):
+            rows.append(np.full_like(row(0), -100, np.int64))
+        return np.array_split(rows, math.ceil(len(rows) / self.args.micro_batch))
 
-    def loss(self, rows: list[np.ndarray | None], length: int) -> Tensor:
-        """The loss in nats, summed over these rows; None is padding and counts for nothing."""
-        rows = [np.full(length + 1, -100) if row is None else row.astype(np.int64) for row in rows]
-        rows = torch.from_numpy(np.stack(rows))                                         # (b, l + 1)
+    def loss(self, rows: np.ndarray) -> Tensor:
+        """The loss in nats, summed over these rows; a token of -100 counts for nothing."""
+        rows = torch.from_numpy(rows)                                                   # (b, l + 1)
         if rows.max() >= self.model.config.vocab_size:
             raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
                              f"{self.model.config.vocab_size}: another tokenizer made it")
@@ -424,17 +434,14 @@ class Trainer:
         """One step. Returns its figures, which are over all ranks."""
         begin, recipe, nats = time.perf_counter(), self.recipe, 0.0
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
-        passes = self.passes(size)
-        for numbers in passes:
-            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None
-                    for i in numbers]
+        passes = self.passes(size, lambda i: training_row(recipe, self.sources, self.tokens, i))
+        for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
-                self.objective.set_requires_gradient_sync(numbers is passes[-1])
-            loss = self.loss(rows, length)
+                self.objective.set_requires_gradient_sync(rows is passes[-1])
+            loss = self.loss(rows)
             (loss * self.world / (size * length)).backward()        # FSDP takes the mean over ranks
             nats += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
         loss = over_ranks(nats)[0] / (size * length)
         self.step, self.tokens = self.step + 1, self.tokens + size * length
         if not math.isfinite(loss + norm):
@@ -454,11 +461,9 @@ class Trainer:
         losses = {}
         for name, source in self.sources.items():
             chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
-            for numbers in self.passes(len(chosen)):
-                rows = [source.row("held out", chosen[i], length) if i < len(chosen) else None
-                        for i in numbers]
-                nats += self.loss(rows, length).item()
-                texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
+            for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
+                nats += self.loss(rows).item()
+                texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats, size)
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
@@ -477,27 +482,20 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
-        self.wait()
+        self.saving.result()        # of the checkpoint before this one: it is written, or this raises why not
         about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
         writer = Writer(self.args.out, about, self.args.keep)
-        if not writer.folder.exists():
-            self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
-        whole = {}
+        self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+        weights = {}
         for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
-            p = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+            p = whole(p.detach())
             if self.rank == 0:
-                whole[name] = p.cpu().clone()               # what is gathered is part of a larger buffer
+                weights[name] = p.cpu().clone()             # what is gathered is part of a larger buffer
         if self.rank == 0:
             with new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
-                self.model.save_pretrained(self.args.out, whole)
-
-    def wait(self) -> None:
-        """Until the last checkpoint is written. Raises what went wrong with it."""
-        if self.saving:
-            self.saving.result()
-            self.saving = None
+                self.model.save_pretrained(self.args.out, weights)
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
@@ -546,7 +544,7 @@ class Trainer:
                         file.write(json.dumps(row) + "\n")
                 if self.step % args.checkpoint_every == 0 or end or stop:
                     self.save()
-        self.wait()
+        self.saving.result()
         return self.tokens >= self.recipe.total_tokens
 
 
@@ -686,6 +684,7 @@ def open_tokenizer(path: Path | None) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True      # a text that names <|endoftext|> does not end there
     if tokenizer.token_to_id(END) is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")
     return tokenizer
