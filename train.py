@@ -31,13 +31,11 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -58,7 +56,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
-from mamba import Block, CheckpointError, Mamba, MambaConfig, find
+from mamba import Mamba, MambaConfig, find
 from scan import default_backend
 
 END = "<|endoftext|>"      # closes every document
@@ -217,7 +215,7 @@ class Source:
     """One corpus: a row of tokens, in memory or mapped from a .bin, the end of which is held out."""
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
-        self.name, self.bin = name, paths[0] if paths[0].suffix == ".bin" else None
+        self.bin = paths[0] if paths[0].suffix == ".bin" else None
         if self.bin and len(paths) > 1:
             raise ValueError(f"{name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
@@ -337,28 +335,28 @@ def over_ranks(*numbers: float) -> list[float]:
     return total.tolist()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor of which each rank may hold a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def new_file(path: Path):
-    """A file to write, which takes its name when the block ends well, and else leaves no trace."""
-    new = path.with_name(path.name + ".partial")
-    try:
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+def prepare(out: Path, steps: int) -> None:
+    """Make the folder, or what step `steps` left of it. What cannot be written there is found out now."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
+    for left in (out / "checkpoints").glob("*.partial"):        # by a run that was killed
+        shutil.rmtree(left)
+    # The rows up to the checkpoint: a run that was killed had gone on from there.
+    rows = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:steps] if steps else []
+    with sample.new_file(out / "metrics.jsonl") as file:
+        file.writelines(rows)
 
 
 class Writer(dcp.HuggingFaceStorageWriter):
@@ -375,7 +373,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(f"{self.folder}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
-        with new_file(self.path / "run.json") as file:
+        with sample.new_file(self.path / "run.json") as file:
             file.write(json.dumps(self.about, indent=1).encode())
         os.replace(self.path, self.folder)
         for old in checkpoints(self.out)[:-self.keep]:
@@ -441,7 +439,7 @@ class Trainer:
             loss = self.loss(rows)
             (loss * self.world / (size * length)).backward()        # FSDP takes the mean over ranks
             nats += loss.item()
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
+        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
         loss = over_ranks(nats)[0] / (size * length)
         self.step, self.tokens = self.step + 1, self.tokens + size * length
         if not math.isfinite(loss + norm):
@@ -488,11 +486,11 @@ class Trainer:
         self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
         weights = {}
         for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
-            p = whole(p.detach())
+            p = gathered(p.detach())
             if self.rank == 0:
                 weights[name] = p.cpu().clone()             # what is gathered is part of a larger buffer
         if self.rank == 0:
-            with new_file(self.args.out / "tokenizer.json") as file:
+            with sample.new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
                 self.model.save_pretrained(self.args.out, weights)
@@ -518,10 +516,6 @@ class Trainer:
             signal.signal(number, signal.SIG_DFL)           # a second one does not wait
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
-        if self.rank == 0:      # keep the rows up to the checkpoint; a killed run has gone on from there
-            rows = metrics.read_bytes().splitlines(keepends=True)[:self.step] if self.step else []
-            with new_file(metrics) as file:
-                file.writelines(rows)
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
         with tqdm(total=self.recipe.total_tokens, initial=self.tokens, unit="tok", unit_scale=True,
@@ -537,9 +531,9 @@ class Trainer:
                     losses = {name: nats for name, (nats, _) in self.held_out(row["context"]).items()}
                     line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in losses.items())
                     row["held_out"] = losses
+                tqdm.write(line)
+                bar.update(row["batch_size"] * row["context"])
                 if self.rank == 0:
-                    tqdm.write(line)
-                    bar.update(row["batch_size"] * row["context"])
                     with metrics.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                 if self.step % args.checkpoint_every == 0 or end or stop:
@@ -572,18 +566,17 @@ def flops_per_token(config: MambaConfig) -> float:
     return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
 
 
-def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
-    """Bytes a token that a block keeps for its backward pass, told by the block itself on the meta device."""
+def kept_by_a_block(model: Mamba) -> float:
+    """Bytes a token that a block of this model, on the meta device, keeps for its backward pass."""
+    block, (past, h0) = model.backbone.layers[0], (part[0] for part in model.blank_state(1))
     kept, length = {}, 256
 
     def keep(tensor):
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block = Block(config).to(dtype)
-        block(torch.empty(1, length, config.d_model, requires_grad=True),
-              torch.empty(1, config.d_conv - 1, config.d_inner, dtype=dtype),
-              torch.empty(1, config.d_inner, config.d_state), torch.empty(1, length, dtype=torch.bool))
+        stream = torch.empty(1, length, model.config.d_model, requires_grad=True)
+        block(stream, past, h0, torch.empty(1, length, dtype=torch.bool))
     weights = {p.untyped_storage()._cdata for p in block.parameters()}
     return sum(v.untyped_storage().nbytes() for key, v in kept.items() if key not in weights) / length
 
@@ -591,10 +584,9 @@ def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on one of `world` GPUs, by part; and bytes a token of the rows it runs at a time."""
     with torch.device("meta"):
-        model = Mamba(config)
-    whole = sum(p.numel() for p in model.parameters())
+        model = Mamba(config).to(dtype)
     block = sum(p.numel() for p in model.backbone.layers[0].parameters())
-    root, kept = whole - config.n_layer * block, kept_by_a_block(config, dtype)
+    root = sum(p.numel() for p in model.parameters()) - config.n_layer * block
     # FSDP deals out rows of each tensor; rank 0 has the most.
     mine = sum(math.ceil(len(p) / world) * p.numel() // len(p) for p in model.parameters())
     fixed = {"weights": 4 * mine, "gradients": 4 * mine, "Adam's two averages": 8 * mine,
@@ -602,8 +594,8 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[st
     if world > 1:
         fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
                   "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4)}
-    rows = {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
-    return fixed, rows
+    kept = kept_by_a_block(model)
+    return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
 
 
 def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
@@ -629,15 +621,13 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
           "memory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
-    with torch.device("meta"):
-        whole = 4 * sum(p.numel() for p in Mamba(config).parameters())
-    for name, size in [*fixed.items(), ("together", sum(fixed.values())),
+    together, whole = sum(fixed.values()), memory(config, 1, torch.bfloat16)[0]["gradients"]
+    for name, size in [*fixed.items(), ("together", together),
                        ("and, if a step takes several passes, whole gradients", whole)]:
         print(f"  {name:54}{size / 1e9:8.2f}")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
-            free = 80e9 - sum(fixed.values())
-            one, more = (int(max(left, 0) // (row * length)) for left in (free, free - whole))
+            one, more = (int(max(80e9 - used, 0) // (row * length)) for used in (together, together + whole))
             print(f"  context {length} {name:>7} --checkpoint-activations{row * length / 1e9:7.2f} GB a row; "
                   f"80 GB hold --micro-batch {one}, in several passes {more}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -671,35 +661,20 @@ def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) 
     """A corpus as a file of uint16 tokens, which training maps into memory."""
     if (size := sample.vocabulary(tokenizer)) > 2**16:
         raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
-    with new_file(path) as file:
+    with sample.new_file(path) as file:
         for part in tokenized(paths, tokenizer, seed):
             file.write(part.astype(np.uint16).tobytes())
     print(f"{path}: {path.stat().st_size // 2:,} tokens")
 
 
 def open_tokenizer(path: Path | None) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
-    except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+    tokenizer = sample.read_tokenizer(path) if path else byte_tokenizer()
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True      # a text that names <|endoftext|> does not end there
     if tokenizer.token_to_id(END) is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")
     return tokenizer
-
-
-def prepare(out: Path) -> None:
-    """Make the folder. What cannot be written there is found out now, not after the training."""
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        if (out / name).is_dir():
-            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
-    for left in (out / "checkpoints").glob("*.partial"):       # by a run that was killed
-        shutil.rmtree(left)
 
 
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
@@ -728,15 +703,15 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if done:
         trainer.resume(done[-1])
     if trainer.rank == 0 and not args.eval_only:
-        prepare(args.out)
-    say = print if trainer.rank == 0 else lambda *_: None
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(source.size for source in sources.values()):,} tokens of text, "
-        f"{trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n{recipe}\n{model.config}")
+        prepare(args.out, trainer.step)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{sum(source.size for source in sources.values()):,} tokens of text, "
+          f"{trainer.world} x {args.device}, scan: {default_backend(args.device, 2)}\n"
+          f"{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
-            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
-                f"{bits:.4f} bits per byte")
+            print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
+                  f"{bits:.4f} bits per byte")
         return
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
@@ -745,13 +720,11 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     picture(args.out / "loss.png", [row["tokens"] for row in rows],
             {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
     if not finished:
-        return say(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
-    say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
-    model = Mamba.from_pretrained(args.out, args.device)
-    text = tokenizer.encode("def ", add_special_tokens=False).ids
-    for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.6, stop=end):
-        text += token.tolist()
-    say(tokenizer.decode(text))
+        return print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
+    print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
+    model, prompt = Mamba.from_pretrained(args.out, args.device), sample.encode(tokenizer, "def ")
+    tokens = torch.tensor([prompt], device=args.device)
+    sample.write(sample.generate(model, tokens, 300, 0.6, stop=end), tokenizer, ["def "], end)
 
 
 def value(kind: type, low: float = 0, high: float = 2**60):
@@ -817,6 +790,8 @@ def main() -> None:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
             dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        if dist.is_initialized() and dist.get_rank() > 0:   # rank 0 speaks for all
+            sys.stdout = open(os.devnull, "w")
         run(args, recipe, sizes)
     except RuntimeError as e:
         if not sample.out_of_memory(e):
