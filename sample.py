@@ -342,6 +342,22 @@ def out_of_memory(e: RuntimeError) -> bool:
     return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
 
+@contextmanager
+def plainly(program: str, remedy: str):
+    """End the program with one sentence where its user, and not its author, can help."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit(f"{program}: out of memory ({str(e).splitlines()[0]}); try {remedy}")
+    except (ValueError, OSError) as e:
+        sys.exit(f"{program}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@plainly("sample.py", "--quantize nf4")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with a Falcon-Mamba.")
     add = parser.add_argument
@@ -377,16 +393,8 @@ def main() -> None:
     args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
     try:
         run(args)
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        sys.exit(f"sample.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try --quantize nf4")
     except BrokenPipeError:     # whoever read the text has had enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
-        sys.exit(f"sample.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

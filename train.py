@@ -182,11 +182,42 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def open_tokenizer(path: Path | None) -> Tokenizer:
+    tokenizer = sample.read_tokenizer(path) if path else byte_tokenizer()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True      # a text that names <|endoftext|> does not end there
+    if tokenizer.token_to_id(END) is None:
+        raise ValueError(f"{path} has no token {END}, which closes a document")
+    return tokenizer
+
+
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has at hand."""
     root = Path(sysconfig.get_path("stdlib"))
     others = {"site-packages", "test", "tests"}
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
+
+
+def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
+    """What the --data flags name, and the recipe with the shares that they give."""
+    paths, shares = {}, {}
+    for text in texts:
+        named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
+        name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
+        if not Path(path).exists():
+            raise ValueError(f"there is no {path}, which --data names")
+        paths.setdefault(name, []).append(Path(path))
+        shares |= {name: share} if share else {}
+    paths = paths or {"text": standard_library()}
+    shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
+    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
+    if shares.keys() == paths.keys():
+        recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
+    elif shares or wanted != paths.keys():
+        raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
+                         "name the same, or give each a share as name=path:share")
+    return paths, recipe
 
 
 @lru_cache(maxsize=256)
@@ -195,8 +226,8 @@ def order(n: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(n)
 
 
-def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
-    """All files' tokens, a mebibyte of lines at a time, END after each file, in an order the seed fixes."""
+def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 2**60) -> Iterator:
+    """Arrays of the files' tokens, END after each file, in an order that the seed fixes, until it is enough."""
     files = []
     for path in paths:          # in a folder lie pipes and dangling links too
         files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
@@ -206,9 +237,22 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np
                 while lines := file.readlines(2**20):
                     pieces = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)
                     yield np.array(pieces[0].ids, np.uint32)
+                    enough -= len(pieces[0].ids)
+                    if enough < 0:
+                        return
             yield np.array([tokenizer.token_to_id(END)], np.uint32)
         except UnicodeDecodeError:
             print(f"skipping {files[i]} from where it is not UTF-8 text", file=sys.stderr)
+
+
+def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
+    """A corpus as a file of uint16 tokens, which training maps into memory."""
+    if (size := sample.vocabulary(tokenizer)) > 2**16:
+        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
+    with sample.new_file(path) as file:
+        for part in tokenized(paths, tokenizer, seed):
+            file.write(part.astype(np.uint16).tobytes())
+    print(f"{path}: {path.stat().st_size // 2:,} tokens")
 
 
 class Source:
@@ -221,13 +265,8 @@ class Source:
         if self.bin:
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
-            parts, wanted = [np.zeros(0, np.uint32)], recipe.total_tokens * 4
-            for part in tokenized(paths, tokenizer, recipe.seed):
-                parts.append(part)
-                wanted -= len(part)
-                if wanted < 0:
-                    break
-            tokens = np.concatenate(parts)
+            parts = tokenized(paths, tokenizer, recipe.seed, 4 * recipe.total_tokens)
+            tokens = np.concatenate([np.zeros(0, np.uint32), *parts])
         self.size = len(tokens)
         cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
@@ -636,47 +675,6 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
                                        for f in (learning_rate, batch_size, context_length)})
 
 
-def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
-    """What the --data flags name, and the recipe with the shares that they give."""
-    paths, shares = {}, {}
-    for text in texts:
-        named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
-        name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
-        if not Path(path).exists():
-            raise ValueError(f"there is no {path}, which --data names")
-        paths.setdefault(name, []).append(Path(path))
-        shares |= {name: share} if share else {}
-    paths = paths or {"text": standard_library()}
-    shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
-    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
-    if shares.keys() == paths.keys():
-        recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
-    elif shares or wanted != paths.keys():
-        raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
-                         "name the same, or give each a share as name=path:share")
-    return paths, recipe
-
-
-def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
-    """A corpus as a file of uint16 tokens, which training maps into memory."""
-    if (size := sample.vocabulary(tokenizer)) > 2**16:
-        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
-    with sample.new_file(path) as file:
-        for part in tokenized(paths, tokenizer, seed):
-            file.write(part.astype(np.uint16).tobytes())
-    print(f"{path}: {path.stat().st_size // 2:,} tokens")
-
-
-def open_tokenizer(path: Path | None) -> Tokenizer:
-    tokenizer = sample.read_tokenizer(path) if path else byte_tokenizer()
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True      # a text that names <|endoftext|> does not end there
-    if tokenizer.token_to_id(END) is None:
-        raise ValueError(f"{path} has no token {END}, which closes a document")
-    return tokenizer
-
-
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     paths, recipe = named_data(args.data, recipe)
     source = recipe.init_from or (args.out if args.eval_only else None)
@@ -777,6 +775,7 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     return args, recipe, SIZES[args.recipe] | sizes
 
 
+@sample.plainly("train.py", "a smaller --micro-batch")
 def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
     warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
@@ -793,16 +792,8 @@ def main() -> None:
         if dist.is_initialized() and dist.get_rank() > 0:   # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
         run(args, recipe, sizes)
-    except RuntimeError as e:
-        if not sample.out_of_memory(e):
-            raise
-        sys.exit(f"train.py: out of memory ({str(e).splitlines()[0]}); try a smaller --micro-batch")
-    except (ValueError, OSError) as e:
-        sys.exit(f"train.py: {e}")
     except dcp.CheckpointException as e:
-        sys.exit(f"train.py: no checkpoint written or read: {next(iter(e.failures.values()))[0]}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise OSError(f"no checkpoint written or read: {next(iter(e.failures.values()))[0]}") from e
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
