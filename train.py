@@ -227,7 +227,7 @@ def order(n: int, *key: int) -> np.ndarray:
 
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 2**60) -> Iterator:
-    """Arrays of the files' tokens, END after each file, in an order that the seed fixes, until it is enough."""
+    """Arrays of the files' tokens, END after each file, in an order the seed fixes, until it is enough."""
     files = []
     for path in paths:          # in a folder lie pipes and dangling links too
         files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
@@ -471,16 +471,17 @@ class Trainer:
         """One step. Returns its figures, which are over all ranks."""
         begin, recipe, nats = time.perf_counter(), self.recipe, 0.0
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
+        count = size * length
         passes = self.passes(size, lambda i: training_row(recipe, self.sources, self.tokens, i))
         for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(rows is passes[-1])
             loss = self.loss(rows)
-            (loss * self.world / (size * length)).backward()        # FSDP takes the mean over ranks
+            (loss * self.world / count).backward()        # FSDP takes the mean over ranks
             nats += loss.item()
         norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
-        loss = over_ranks(nats)[0] / (size * length)
-        self.step, self.tokens = self.step + 1, self.tokens + size * length
+        loss = over_ranks(nats)[0] / count
+        self.step, self.tokens = self.step + 1, self.tokens + count
         if not math.isfinite(loss + norm):
             raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
                              "start again with a lower --lr, or with --init-from the model saved last")
@@ -489,8 +490,7 @@ class Trainer:
         self.adam.step()
         self.adam.zero_grad()
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
-                "context": length, "grad_norm": norm,
-                "tokens_per_s": size * length / (time.perf_counter() - begin)}
+                "context": length, "grad_norm": norm, "tokens_per_s": count / (time.perf_counter() - begin)}
 
     @torch.no_grad()
     def held_out(self, length: int) -> dict[str, tuple[float, float]]:
@@ -759,8 +759,9 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     for cls, title in (Recipe, "the recipe"), (MambaConfig, "the sizes of a fresh model"):
         group = parser.add_argument_group(title, "with the defaults of --recipe tiny")
         for f in fields(cls):
-            kind = {"type": value(f.type, *f.metadata.get("range", ()))} if f.type is not bool else {
-                "action": switch}
+            kind = {"type": value(f.type, *f.metadata.get("range", ()))}
+            if f.type is bool:
+                kind = {"action": switch}
             default = SIZES["tiny"].get(f.name, f.default)
             shown = ",".join(map(str, default)) if type(default) is tuple else default
             about = f.metadata.get("help", "") + (f" (default {shown})" if shown not in ("", None) else "")
