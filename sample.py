@@ -13,11 +13,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -112,15 +113,27 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return (drawn if order is None else order.gather(-1, drawn))[:, 0]
 
 
+@contextmanager
+def new_file(path: Path):
+    """A file to write, which takes its name when the block ends well, and else leaves no trace."""
+    new = path.with_name(path.name + ".partial")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def save_state(path: Path, state: State, last: int) -> None:
     """Write one text's state and its last token, which the state has not read: a whole new file or none."""
     tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last])}
-    new = path.with_name(path.name + ".saving")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
-        os.replace(new, path)
-    except (OSError, SafetensorError) as e:
-        new.unlink(missing_ok=True)
+        with new_file(path) as file:
+            file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    except OSError as e:
         raise CheckpointError(f"cannot write the state file {path}: {e}") from e
 
 
@@ -165,16 +178,20 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokens
 
 
+def read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as e:      # the library raises plain Exception
+        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
+
+
 def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
     """The model and the tokenizer that --model names, as the flags ask for them."""
     folder = find(args.model)
     path = folder / "tokenizer.json"
     if not path.exists():
         raise CheckpointError(f"{folder} has no tokenizer.json; copy its model's own into it")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
+    tokenizer = read_tokenizer(path)
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     replace = nf4(args.device) if args.quantize else None
     model = Mamba.from_pretrained(folder, args.device, dtype, replace)
@@ -325,6 +342,22 @@ def out_of_memory(e: RuntimeError) -> bool:
     return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
 
+@contextmanager
+def plainly(program: str, remedy: str):
+    """End the program with one sentence where its user, and not its author, can help."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit(f"{program}: out of memory ({str(e).splitlines()[0]}); try {remedy}")
+    except (ValueError, OSError) as e:
+        sys.exit(f"{program}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@plainly("sample.py", "--quantize nf4")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with a Falcon-Mamba.")
     add = parser.add_argument
@@ -360,16 +393,8 @@ def main() -> None:
         if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
             parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
         run(args)
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        sys.exit(f"sample.py: {args.device} is out of memory ({str(e).splitlines()[0]}); try --quantize nf4")
     except BrokenPipeError:     # whoever read the text has had enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
-        sys.exit(f"sample.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

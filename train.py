@@ -32,12 +32,11 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -59,7 +58,7 @@ from tqdm import tqdm
 
 import sample
 import scan
-from mamba import Block, CheckpointError, Mamba, MambaConfig, find, read_json
+from mamba import CheckpointError, Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
@@ -67,7 +66,7 @@ SHUFFLED = 2**20           # rows in one order: a corpus may have billions, too 
 
 
 def flag(default, help, low=0, high=2**60):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+    return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -184,11 +183,42 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def open_tokenizer(path: Path | None) -> Tokenizer:
+    tokenizer = sample.read_tokenizer(path) if path else byte_tokenizer()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True      # a text that names <|endoftext|> does not end there
+    if tokenizer.token_to_id(END) is None:
+        raise ValueError(f"{path} has no token {END}, which closes a document")
+    return tokenizer
+
+
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has at hand."""
     root = Path(sysconfig.get_path("stdlib"))
     others = {"site-packages", "test", "tests", "encodings", "pydoc_data"}      # the last two are tables
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
+
+
+def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
+    """What the --data flags name, and the recipe with the shares that they give."""
+    paths, shares = {}, {}
+    for text in texts:
+        named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
+        name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
+        if not Path(path).exists():
+            raise ValueError(f"there is no {path}, which --data names")
+        paths.setdefault(name, []).append(Path(path))
+        shares |= {name: share} if share else {}
+    paths = paths or {"text": standard_library()}
+    shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
+    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
+    if shares.keys() == paths.keys():
+        recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
+    elif shares or wanted != paths.keys():
+        raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
+                         "name the same, or give each a share as name=path:share")
+    return paths, recipe
 
 
 @lru_cache(maxsize=256)
@@ -197,8 +227,8 @@ def order(n: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(n)
 
 
-def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
-    """All files' tokens, a mebibyte of lines at a time, END after each file, in an order the seed fixes."""
+def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 2**60) -> Iterator:
+    """Arrays of the files' tokens, END after each file, in an order the seed fixes, until it is enough."""
     files = []
     for path in paths:          # in a folder lie pipes and dangling links too
         files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
@@ -208,16 +238,29 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int) -> Iterator[np
                 while lines := file.readlines(2**20):
                     pieces = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)
                     yield np.array(pieces[0].ids, np.uint32)
+                    enough -= len(pieces[0].ids)
+                    if enough < 0:
+                        return
             yield np.array([tokenizer.token_to_id(END)], np.uint32)
         except UnicodeDecodeError:
             print(f"skipping {files[i]} from where it is not UTF-8 text", file=sys.stderr)
+
+
+def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
+    """A corpus as a file of uint16 tokens, which training maps into memory."""
+    if (size := sample.vocabulary(tokenizer)) > 2**16:
+        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
+    with sample.new_file(path) as file:
+        for part in tokenized(paths, tokenizer, seed):
+            file.write(part.astype(np.uint16).tobytes())
+    print(f"{path}: {path.stat().st_size // 2:,} tokens")
 
 
 class Source:
     """One corpus: a row of tokens, in memory or mapped from a .bin, the end of which is held out."""
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
-        self.name, self.bin = name, paths[0] if paths[0].suffix == ".bin" else None
+        self.bin = paths[0] if paths[0].suffix == ".bin" else None
         if self.bin and len(paths) > 1:
             raise ValueError(f"{name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
@@ -225,14 +268,9 @@ class Source:
                 raise ValueError(f"{self.bin} has {size} bytes, but a .bin of tokens has two for each")
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
-            wanted = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
-            parts = [np.zeros(0, np.uint32)]
-            for part in tokenized(paths, tokenizer, recipe.seed):
-                parts.append(part)
-                wanted -= len(part)
-                if wanted < 0:
-                    break
-            tokens = np.concatenate(parts)
+            enough = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
+            parts = tokenized(paths, tokenizer, recipe.seed, enough)
+            tokens = np.concatenate([np.zeros(0, np.uint32), *parts])
         self.size = len(tokens)
         cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
@@ -340,23 +378,28 @@ def over_ranks(*numbers: float) -> list[float]:
     return total.tolist()
 
 
-@contextmanager
-def new_file(path: Path):
-    """A file to write, which takes its name when the block ends well, and else leaves no trace."""
-    new = path.with_name(path.name + ".partial")
-    try:
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each rank may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+def prepare(out: Path, steps: int) -> None:
+    """Make the folder, or what step `steps` left of it. What cannot be written there is found out now."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
+    for left in (out / "checkpoints").glob("*.partial"):        # by a run that was killed
+        shutil.rmtree(left)
+    # The rows up to the checkpoint: a run that was killed had gone on from there.
+    rows = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:steps] if steps else []
+    with sample.new_file(out / "metrics.jsonl") as file:
+        file.writelines(rows)
 
 
 class Writer(dcp.HuggingFaceStorageWriter):
@@ -373,7 +416,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(f"{self.folder}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
-        with new_file(self.path / "run.json") as file:
+        with sample.new_file(self.path / "run.json") as file:
             file.write(json.dumps(self.about, indent=1).encode())
         os.replace(self.path, self.folder)
         for old in checkpoints(self.out)[:-self.keep]:
@@ -386,7 +429,9 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
-        self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
+        self.sources, self.step, self.tokens, self.group = sources, 0, 0, None
+        self.saving = Future()                  # of the last checkpoint; there is none to wait for
+        self.saving.set_result(None)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
             scan.BACKENDS["chunked"] = torch.compiler.disable(scan.chunked)
@@ -407,18 +452,20 @@ class Trainer:
             "vocabulary": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
             "data": {name: source.size for name, source in sources.items()}}))
 
-    def passes(self, count: int) -> list[np.ndarray]:
-        """Which of `count` rows this rank reads, pass by pass: on every rank as many passes of as many rows.
+    def passes(self, count: int, row: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+        """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass.
 
-        Numbers from `count` on are padding; with it any batch fits any number of ranks.
+        All ranks make as many passes of as many rows: rows of -100 fill the last ones up, so that any batch
+        fits any number of ranks.
         """
-        mine = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
-        return np.array_split(mine, math.ceil(len(mine) / self.args.micro_batch))
+        rows = [row(i).astype(np.int64) for i in range(self.rank, count, self.world)]
+        if len(rows) < math.ceil(count / self.world):
+            rows.append(np.full_like(row(0), -100, np.int64))
+        return np.array_split(rows, math.ceil(len(rows) / self.args.micro_batch))
 
-    def loss(self, rows: list[np.ndarray | None], length: int) -> Tensor:
-        """The loss in nats, summed over these rows; None is padding and counts for nothing."""
-        rows = [np.full(length + 1, -100) if row is None else row.astype(np.int64) for row in rows]
-        rows = torch.from_numpy(np.stack(rows))                                         # (b, l + 1)
+    def loss(self, rows: np.ndarray) -> Tensor:
+        """The loss in nats, summed over these rows; a token of -100 counts for nothing."""
+        rows = torch.from_numpy(rows)                                                   # (b, l + 1)
         if rows.max() >= self.model.config.vocab_size:
             raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
                              f"{self.model.config.vocab_size}: another tokenizer made it")
@@ -430,19 +477,17 @@ class Trainer:
         """One step. Returns its figures, which are over all ranks."""
         begin, recipe, nats = time.perf_counter(), self.recipe, 0.0
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
-        passes = self.passes(size)
-        for numbers in passes:
-            rows = [training_row(recipe, self.sources, self.tokens, int(i)) if i < size else None
-                    for i in numbers]
+        count = size * length
+        passes = self.passes(size, lambda i: training_row(recipe, self.sources, self.tokens, i))
+        for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
-                self.objective.set_requires_gradient_sync(numbers is passes[-1])
-            loss = self.loss(rows, length)
-            (loss * self.world / (size * length)).backward()        # FSDP takes the mean over ranks
+                self.objective.set_requires_gradient_sync(rows is passes[-1])
+            loss = self.loss(rows)
+            (loss * self.world / count).backward()        # FSDP takes the mean over ranks
             nats += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        loss = over_ranks(nats)[0] / (size * length)
-        self.step, self.tokens = self.step + 1, self.tokens + size * length
+        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
+        loss = over_ranks(nats)[0] / count
+        self.step, self.tokens = self.step + 1, self.tokens + count
         if not math.isfinite(loss + norm):
             raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
                              "start again with a lower --lr, or with --init-from the model saved last")
@@ -451,8 +496,7 @@ class Trainer:
         self.adam.step()
         self.adam.zero_grad()
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
-                "context": length, "grad_norm": norm,
-                "tokens_per_s": size * length / (time.perf_counter() - begin)}
+                "context": length, "grad_norm": norm, "tokens_per_s": count / (time.perf_counter() - begin)}
 
     @torch.no_grad()
     def held_out(self, length: int) -> dict[str, tuple[float, float]]:
@@ -460,11 +504,9 @@ class Trainer:
         losses = {}
         for name, source in self.sources.items():
             chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
-            for numbers in self.passes(len(chosen)):
-                rows = [source.row("held out", chosen[i], length) if i < len(chosen) else None
-                        for i in numbers]
-                nats += self.loss(rows, length).item()
-                texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row is not None])
+            for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
+                nats += self.loss(rows).item()
+                texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats, size)
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
@@ -483,27 +525,20 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
-        self.wait()
+        self.saving.result()        # of the checkpoint before this one: it is written, or this raises why not
         about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
         writer = Writer(self.args.out, about, self.args.keep)
-        if not writer.folder.exists():
-            self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
-        whole = {}
+        self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+        weights = {}
         for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
-            p = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+            p = gathered(p.detach())
             if self.rank == 0:
-                whole[name] = p.cpu().clone()               # what is gathered is part of a larger buffer
+                weights[name] = p.cpu().clone()             # what is gathered is part of a larger buffer
         if self.rank == 0:
-            with new_file(self.args.out / "tokenizer.json") as file:
+            with sample.new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
-                self.model.save_pretrained(self.args.out, whole)
-
-    def wait(self) -> None:
-        """Until the last checkpoint is written. Raises what went wrong with it."""
-        if self.saving:
-            self.saving.result()
-            self.saving = None
+                self.model.save_pretrained(self.args.out, weights)
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
@@ -529,10 +564,6 @@ class Trainer:
             signal.signal(number, signal.SIG_DFL)           # a second one does not wait
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
-        if self.rank == 0:      # keep the rows up to the checkpoint; a killed run has gone on from there
-            rows = metrics.read_bytes().splitlines(keepends=True)[:self.step] if self.step else []
-            with new_file(metrics) as file:
-                file.writelines(rows)
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
         with tqdm(total=self.recipe.total_tokens, initial=self.tokens, unit="tok", unit_scale=True,
@@ -548,14 +579,14 @@ class Trainer:
                     losses = {name: nats for name, (nats, _) in self.held_out(row["context"]).items()}
                     line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in losses.items())
                     row["held_out"] = losses
+                tqdm.write(line)
+                bar.update(row["batch_size"] * row["context"])
                 if self.rank == 0:
-                    tqdm.write(line)
-                    bar.update(row["batch_size"] * row["context"])
                     with metrics.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                 if self.step % args.checkpoint_every == 0 or end or stop:
                     self.save()
-        self.wait()
+        self.saving.result()
         return self.tokens >= self.recipe.total_tokens
 
 
@@ -583,18 +614,17 @@ def flops_per_token(config: MambaConfig) -> float:
     return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
 
 
-def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
-    """Bytes a token that a block keeps for its backward pass, told by the block itself on the meta device."""
+def kept_by_a_block(model: Mamba) -> float:
+    """Bytes a token that a block of this model, on the meta device, keeps for its backward pass."""
+    block, (past, h0) = model.backbone.layers[0], (part[0] for part in model.blank_state(1))
     kept, length = {}, 256
 
     def keep(tensor):
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block = Block(config).to(dtype)
-        block(torch.empty(1, length, config.d_model, requires_grad=True),
-              torch.empty(1, config.d_conv - 1, config.d_inner, dtype=dtype),
-              torch.empty(1, config.d_inner, config.d_state), torch.empty(1, length, dtype=torch.bool))
+        stream = torch.empty(1, length, model.config.d_model, requires_grad=True)
+        block(stream, past, h0, torch.empty(1, length, dtype=torch.bool))
     weights = {p.untyped_storage()._cdata for p in block.parameters()}
     return sum(v.untyped_storage().nbytes() for key, v in kept.items() if key not in weights) / length
 
@@ -602,10 +632,9 @@ def kept_by_a_block(config: MambaConfig, dtype: torch.dtype) -> float:
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on one of `world` GPUs, by part; and bytes a token of the rows it runs at a time."""
     with torch.device("meta"):
-        model = Mamba(config)
-    whole = sum(p.numel() for p in model.parameters())
+        model = Mamba(config).to(dtype)
     block = sum(p.numel() for p in model.backbone.layers[0].parameters())
-    root, kept = whole - config.n_layer * block, kept_by_a_block(config, dtype)
+    root = sum(p.numel() for p in model.parameters()) - config.n_layer * block
     # FSDP deals out rows of each tensor; rank 0 has the most.
     mine = sum(math.ceil(len(p) / world) * p.numel() // len(p) for p in model.parameters())
     fixed = {"weights": 4 * mine, "gradients": 4 * mine, "Adam's two averages": 8 * mine,
@@ -613,8 +642,8 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[st
     if world > 1:
         fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
                   "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4)}
-    rows = {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
-    return fixed, rows
+    kept = kept_by_a_block(model)
+    return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
 
 
 def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
@@ -640,15 +669,13 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
           "memory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
-    with torch.device("meta"):
-        whole = 4 * sum(p.numel() for p in Mamba(config).parameters())
-    for name, size in [*fixed.items(), ("together", sum(fixed.values())),
+    together, whole = sum(fixed.values()), memory(config, 1, torch.bfloat16)[0]["gradients"]
+    for name, size in [*fixed.items(), ("together", together),
                        ("and, if a step takes several passes, whole gradients", whole)]:
         print(f"  {name:54}{size / 1e9:8.2f}")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
-            free = 80e9 - sum(fixed.values())
-            one, more = (int(max(left, 0) // (row * length)) for left in (free, free - whole))
+            one, more = (int(max(80e9 - used, 0) // (row * length)) for used in (together, together + whole))
             print(f"  context {length} {name:>7} --checkpoint-activations{row * length / 1e9:7.2f} GB a row; "
                   f"80 GB hold --micro-batch {one}, in several passes {more}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -657,63 +684,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
                                        for f in (learning_rate, batch_size, context_length)})
 
 
-def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
-    """What the --data flags name, and the recipe with the shares that they give."""
-    paths, shares = {}, {}
-    for text in texts:
-        named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
-        name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
-        if not Path(path).exists():
-            raise ValueError(f"there is no {path}, which --data names")
-        paths.setdefault(name, []).append(Path(path))
-        shares |= {name: share} if share else {}
-    paths = paths or {"text": standard_library()}
-    shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
-    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
-    if shares.keys() == paths.keys():
-        recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
-    elif shares or wanted != paths.keys():
-        raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
-                         "name the same, or give each a share as name=path:share")
-    return paths, recipe
-
-
-def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
-    """A corpus as a file of uint16 tokens, which training maps into memory."""
-    if (size := sample.vocabulary(tokenizer)) > 2**16:
-        raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
-    with new_file(path) as file:
-        for part in tokenized(paths, tokenizer, seed):
-            file.write(part.astype(np.uint16).tobytes())
-    print(f"{path}: {path.stat().st_size // 2:,} tokens")
-
-
-def open_tokenizer(path: Path | None) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
-    except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if tokenizer.token_to_id(END) is None:
-        raise ValueError(f"{path} has no token {END}, which closes a document")
-    return tokenizer
-
-
-def prepare(out: Path) -> None:
-    """Make the folder. What cannot be written there is found out now, not after the training."""
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        if (out / name).is_dir():
-            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
-    for left in (out / "checkpoints").glob("*.partial"):       # by a run that was killed
-        shutil.rmtree(left)
-
-
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
-    paths, recipe = named_data(args.data or [], recipe)
+    paths, recipe = named_data(args.data, recipe)
     source = recipe.init_from or (args.out if args.eval_only else None)
     folder = find(source) if source else None
     tokenizer = open_tokenizer(args.tokenizer or (folder / "tokenizer.json" if folder else None))
@@ -738,18 +710,17 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if done:
         trainer.resume(done[-1])
     if trainer.rank == 0 and not args.eval_only:
-        prepare(args.out)
-    say = print if trainer.rank == 0 else lambda *_: None
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(source.size for source in sources.values()):,} tokens of text, "
-        f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"
-        f"{recipe}\n{model.config}")
+        prepare(args.out, trainer.step)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{sum(source.size for source in sources.values()):,} tokens of text, "
+          f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"
+          f"{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
             if not nats < 700:      # e^700 is near the largest number
                 raise ValueError(f"the loss on {name} is {nats} nats per token: the weights are damaged")
-            say(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
-                f"{bits:.4f} bits per byte")
+            print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
+                  f"{bits:.4f} bits per byte")
         return
     begin, finished = time.perf_counter(), trainer.run()
     if trainer.rank > 0:
@@ -759,78 +730,67 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         picture(args.out / "loss.png", [row["tokens"] for row in rows],
                 {name: [row[name] for row in rows] for name in ("loss", "lr", "grad_norm")})
     except (ValueError, LookupError, TypeError, RecursionError):    # rows of a run that was resumed
-        say(f"no picture of the losses: {args.out / 'metrics.jsonl'} is damaged")
+        print(f"no picture of the losses: {args.out / 'metrics.jsonl'} is damaged")
     if not finished:
-        return say(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
-    say(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
-    model = Mamba.from_pretrained(args.out, args.device)
-    text = tokenizer.encode("def ", add_special_tokens=False).ids or [end]      # if it has none for these
-    for token in sample.generate(model, torch.tensor([text], device=args.device), 300, 0.8, stop=end):
-        text += token.tolist()
-    say(tokenizer.decode(text))
-
-
-@dataclass
-class Options:
-    """How a run is run. None of it changes a loss."""
-    recipe: str = flag("tiny", f"gives the defaults: {', '.join(RECIPES)}")
-    data: str = flag(None, "text file, folder of them, or .bin of tokens, as path, name=path or "
-                           "name=path:share; repeat for more (else the sources of Python's standard library)")
-    out: Path = flag(Path("out"), "folder for all results")
-    tokenizer: Path = flag(None, "a tokenizer.json (else that of --init-from, or one token a byte)")
-    tokenize_to: Path = flag(None, "only write the tokens of --data to this .bin")
-    resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
-    eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
-    plan: bool = flag(False, "only print the run's steps, rates, days and memory")
-    world_size: int = flag(1, "GPUs, for that plan", 1, 2**20)
-    mfu: float = flag(0.18, "the part of the GPUs' peak that training reaches, for that plan", 1e-3, 1)
-    micro_batch: int = flag(16, "sequences that a GPU runs at a time", 1)
-    checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
-    compile: bool = flag(False, "torch.compile the blocks")
-    checkpoint_every: int = flag(100, "steps", 1)
-    eval_every: int = flag(200, "steps", 1)
-    keep: int = flag(2, "checkpoints", 1)
-    device: sample.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one")
+        return print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
+    print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
+    model, prompt = Mamba.from_pretrained(args.out, args.device), sample.encode(tokenizer, "def ") or [end]
+    tokens = torch.tensor([prompt], device=args.device)
+    sample.write(sample.generate(model, tokens, 300, 0.8, stop=end), tokenizer, ["def "], end)
 
 
 def value(kind: type, low: float = 0, high: float = 2**60):
-    """An argparse type: a number from low to high, several with commas, or whatever else `kind` is."""
-    if hasattr(kind, "__args__"):                           # tuple[int], tuple[str]
+    """An argparse type: a number from low to high, several with commas, or a text."""
+    if kind in (tuple[int], tuple[str]):
         one = value(kind.__args__[0], low, high)
         return lambda text: tuple(one(part) for part in text.split(","))
-    return sample.number(kind, low, high) if kind in (int, float) else kind
+    return kind if kind is str else sample.number(kind, low, high)
 
 
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
-    """What the command line asks for: Options, the recipe, and the sizes of a fresh model."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)     # these set others' defaults
-    first.add_argument("--recipe", choices=RECIPES, default="tiny")
-    first.add_argument("--total-tokens", type=value(int, 1))
-    early = first.parse_known_args(arguments)[0]
-    recipe = scaled(RECIPES[early.recipe], early.total_tokens or RECIPES[early.recipe].total_tokens)
+    """What the command line asks for: how to run, the recipe, and the sizes of a fresh model."""
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
-    for cls, given in (Options, {}), (Recipe, vars(recipe)), (MambaConfig, SIZES[early.recipe]):
+    add, count, switch = parser.add_argument, value(int, 1), argparse.BooleanOptionalAction
+    add("--recipe", choices=RECIPES, default="tiny", help="where all that is not given comes from")
+    add("--data", action="append", default=[], help="text file, folder of them, or .bin of tokens, as path, "
+        "name=path or name=path:share; repeat for more (else the sources of Python's standard library)")
+    add("--out", type=Path, default="out", help="folder for all results (default %(default)s)")
+    add("--tokenizer", type=Path, help="a tokenizer.json (else that of --init-from, or one token a byte)")
+    add("--tokenize-to", type=Path, help="only write the tokens of --data to this .bin")
+    add("--resume", action=switch, help="go on from the last checkpoint in --out, if it has one")
+    add("--eval-only", action=switch, help="only print the held-out loss of --init-from, or of --out")
+    add("--plan", action=switch, help="only print the run's steps, rates, days and memory")
+    add("--world-size", type=value(int, 1, 2**20), default=1, help="GPUs, for that plan (default 1)")
+    add("--mfu", type=value(float, 1e-3, 1), default=0.18,
+        help="the part of the GPUs' peak that training reaches, for that plan (default %(default)s)")
+    add("--micro-batch", type=count, default=16, help="sequences a GPU runs at a time (default %(default)s)")
+    add("--checkpoint-activations", action=switch, help="a third more time, for far less memory")
+    add("--compile", action=switch, help="torch.compile the blocks")
+    add("--checkpoint-every", type=count, default=100, help="steps (default %(default)s)")
+    add("--eval-every", type=count, default=200, help="steps (default %(default)s)")
+    add("--keep", type=count, default=2, help="checkpoints (default %(default)s)")
+    add("--device", type=sample.device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
+    for cls, title in (Recipe, "the recipe"), (MambaConfig, "the sizes of a fresh model"):
+        group = parser.add_argument_group(title, "with the defaults of --recipe tiny")
         for f in fields(cls):
-            default, kind = given.get(f.name, f.default), {"type": value(f.type, *[*f.metadata.values()][1:])}
-            shown = ",".join(map(str, default)) if type(default) is tuple else default
-            help = f.metadata.get("help", "of a fresh model")
-            help += f" (default {shown})" if shown not in ("", None) else ""
+            kind = {"type": value(f.type, *f.metadata.get("range", ()))}
             if f.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            if f.name == "data":
-                kind = {"action": "append"}
-            if cls is MambaConfig:      # None unless given, as --init-from brings its own
-                default = None
-            flag_name, help = "--" + f.name.replace("_", "-"), help.replace("%", "%%")
-            parser.add_argument(flag_name, default=default, help=help, **kind)
+                kind = {"action": switch}
+            default = SIZES["tiny"].get(f.name, f.default)
+            shown = ",".join(map(str, default)) if type(default) is tuple else default
+            about = f.metadata.get("help", "") + (f" (default {shown})" if shown not in ("", None) else "")
+            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
     args = parser.parse_args(arguments)
-    sizes = {f.name: getattr(args, f.name) for f in fields(MambaConfig) if getattr(args, f.name) is not None}
-    if sizes and args.init_from:
+    given, recipe = vars(args), RECIPES[args.recipe]
+    recipe = scaled(recipe, given.get("total_tokens", recipe.total_tokens))
+    recipe = replace(recipe, **{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
+    sizes = {f.name: given[f.name] for f in fields(MambaConfig) if f.name in given}
+    if sizes and recipe.init_from:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
-    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-    return args, recipe, SIZES[early.recipe] | sizes
+    return args, recipe, SIZES[args.recipe] | sizes
 
 
+@sample.plainly("train.py", "a smaller --micro-batch")
 def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
     warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
@@ -845,18 +805,12 @@ def main() -> None:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
             dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        if dist.is_initialized() and dist.get_rank() > 0:   # rank 0 speaks for all
+            sys.stdout = open(os.devnull, "w")
         run(args, recipe, sizes)
-    except RuntimeError as e:
-        if not sample.out_of_memory(e):
-            raise
-        sys.exit(f"train.py: out of memory ({str(e).splitlines()[0]}); try a smaller --micro-batch")
-    except (ValueError, OSError) as e:
-        sys.exit(f"train.py: {e}")
     except dcp.CheckpointException as e:
         why, _ = next(iter(e.failures.values()))
-        sys.exit(f"train.py: no checkpoint written or read in {args.out}: {str(why)!r:.300}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise OSError(f"no checkpoint written or read in {args.out}: {str(why)!r:.300}") from e
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -585,7 +585,7 @@ def state(folder, call, tmp_path):
 
 def test_a_kept_state_continues(folder, state, call):
     assert call(sample, "--model", folder, "--load-state", state, "--max-new-tokens", 3)[0] == 0
-    assert not state.with_name("state.saving").exists()
+    assert not state.with_name("state.partial").exists()
 
 
 def test_a_file_that_is_no_state_is_refused(folder, refused, tmp_path, state):
@@ -647,7 +647,7 @@ def test_a_full_disk_leaves_the_old_state_whole(folder, call, state):
                               "--save-state", state)
     assert status == 1 and "Traceback" not in err
     assert_sentence(err.splitlines()[-1], state)
-    assert state.read_bytes() == before and not state.with_name("state.saving").exists()
+    assert state.read_bytes() == before and not state.with_name("state.partial").exists()
 
 
 @pytest.mark.parametrize("flags, word", [(["--prompt", "a", "--prompt", "b"], "2 prompts"),

@@ -198,10 +198,20 @@ def test_documents_do_not_see_each_other():
     def cost(first, closed):
         own = [90, 91, 92, 93]
         rows = [np.concatenate([first, [end] if closed else [99], own, [last]]) for last in (94, 95)]
-        a, b = (t.loss([row], 45).item() for row in rows)
+        a, b = (t.loss(row[None]).item() for row in rows)
         return a - b        # all but the last target cancels
     assert cost(before, True) == pytest.approx(cost(others, True), abs=2e-4)
     assert abs(cost(before, False) - cost(others, False)) > 1e-3
+
+
+def test_a_text_that_names_the_end_token_does_not_end_there(tmp_path):
+    (tmp_path / "a.py").write_text("END = '<|endoftext|>'\n")
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = train.open_tokenizer(tmp_path / "tokenizer.json")
+    tokens = np.concatenate([*train.tokenized([tmp_path / "a.py"], tokenizer, 0)])
+    assert [*np.flatnonzero(tokens == 256)] == [22] == [len(tokens) - 1]
+    assert tokenizer.decode(tokens[:-1].tolist()) == "END = '<|endoftext|>'\n"
+    assert tokenizer.to_str() == byte_tokenizer().to_str()      # what a run saves
 
 
 def test_held_out_documents_are_not_trained_on(data):
@@ -598,7 +608,7 @@ def step(config, checkpointed):
                               compile=False)
     trainer = train.Trainer(args, train.Recipe(), Mamba(config), train.byte_tokenizer(), {})
     for _ in range(2):
-        trainer.loss([rng.integers(0, 2000, 257) for _ in range(4)], 256).backward()
+        trainer.loss(rng.integers(0, 2000, (4, 257))).backward()
         trainer.adam.step()
         trainer.adam.zero_grad()
 for layers, kind in (4, "without"), (8, "with"):
