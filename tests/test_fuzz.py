@@ -233,7 +233,8 @@ def batch():
     """All cases, half of them in each of two processes -> what these printed, complained and ended with."""
     halves = [subprocess.Popen([sys.executable, "-X", "faulthandler", __file__, half],
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for half in ("even", "odd")]
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+              for half in ("even", "odd")]
     with ThreadPoolExecutor() as pool:      # reading one of them alone would let the other's pipe fill up
         said = list(pool.map(subprocess.Popen.communicate, halves))
     return [(out, complaints, half.returncode) for (out, complaints), half in zip(said, halves)]
