@@ -177,10 +177,10 @@ class Mixer(nn.Module):
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
         for i in range(k - 1):
-            tap = window[:, i:i + l]                                        # (b, l, d), of k - 1 - i ago
-            if reset is not None:
-                tap = tap.masked_fill((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y = torch.addcmul(y, tap, weight[i])
+            tap = window[:, i:i + l] * weight[i]                            # (b, l, d), of k - 1 - i ago
+            if reset is not None:                       # masked as a product, of which training keeps nothing
+                tap.masked_fill_((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
+            y = y + tap
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
@@ -293,7 +293,9 @@ class Mamba(nn.Module):
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
-            setattr(module, leaf, nn.Parameter(stored[name].to(device, torch.float32 if exact else dtype)))
+            # Replaced ones are to save memory: no mapped file stays, of which all that was read would count.
+            value = stored.pop(name).to(device, torch.float32 if exact else dtype, copy=replace is not None)
+            setattr(module, leaf, nn.Parameter(value))
             if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
                 model.set_submodule(path, replace(module))
         if config.tie_embeddings:

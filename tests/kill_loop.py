@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --batch-start 4 --batch-end 16 "
          "--total-tokens 20000 --warmup-tokens 1000 "
          "--ramp-tokens 4000 --decay-tokens 8000 --checkpoint-every 3 --eval-every 8 --device cpu").split()
@@ -29,16 +30,22 @@ def curve(out: Path) -> list[tuple]:
     return [tuple(row[name] for name in ("step", "tokens", "loss", "lr", "grad_norm")) for row in rows]
 
 
-def kill_loop(kills: int, data: Path, folder: Path, seed: int = 0) -> int:
-    """Returns how many of the kills landed before the run was done. AssertionError if anything was lost."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    untouched, out, rng, landed, series = folder / "untouched", folder / "killed", random.Random(seed), 0, 0
+def untouched_run(data: Path, out: Path) -> float:
+    """The run that the others are held against -> its seconds."""
     begin = time.perf_counter()
-    subprocess.run(command(data, untouched), check=True, env=environment, stdout=subprocess.DEVNULL)
-    whole = time.perf_counter() - begin
+    subprocess.run(command(data, out, "--keep", "100"), check=True, env=ONE_THREAD, capture_output=True)
+    return time.perf_counter() - begin
+
+
+def kill_loop(kills: int, data: Path, out: Path, untouched: Path, whole: float, seed: int = 0) -> int:
+    """Returns how many of the kills landed before the run was done. AssertionError if anything was lost.
+
+    `untouched` is the folder that untouched_run made in `whole` seconds, `out` one that is not there yet.
+    """
+    rng, landed, series = random.Random(seed), 0, 0
     while landed < kills:
         done = max(out.glob("checkpoints/step-*[0-9]"), default=None)
-        process = subprocess.Popen(command(data, out, "--resume"), env=environment, stdout=subprocess.PIPE,
+        process = subprocess.Popen(command(data, out, "--resume"), env=ONE_THREAD, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, text=True)
         # Most runs live long enough to train: the first step comes after about two thirds of a whole run.
         deadline = time.perf_counter() + rng.uniform(0.3, 1.1) * whole
@@ -58,7 +65,7 @@ def kill_loop(kills: int, data: Path, folder: Path, seed: int = 0) -> int:
             shutil.rmtree(out)
             series += 1
     if out.exists():
-        subprocess.run(command(data, out, "--resume"), check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(command(data, out, "--resume"), check=True, env=ONE_THREAD, stdout=subprocess.DEVNULL)
         assert curve(out) == curve(untouched), "the curve is not the one of an uninterrupted run"
         series += 1
     print(f"{landed} kills in {series} runs; every resume succeeded and every curve is the uninterrupted one")
@@ -66,7 +73,8 @@ def kill_loop(kills: int, data: Path, folder: Path, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        text = (ROOT / "mamba.py").read_text() * 3
-        (Path(folder) / "corpus.txt").write_text(text)
-        kill_loop(int(sys.argv[1]), Path(folder) / "corpus.txt", Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, untouched = folder / "corpus.txt", folder / "untouched"
+        data.write_text((ROOT / "mamba.py").read_text() * 3)
+        kill_loop(int(sys.argv[1]), data, folder / "killed", untouched, untouched_run(data, untouched))

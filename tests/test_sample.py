@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 import sample
-from mamba import Mamba, MambaConfig
+from mamba import Block, Mamba, MambaConfig
 from sample import choose, generate
 from train import byte_tokenizer
 
@@ -97,6 +97,14 @@ def test_a_kept_state_goes_on_as_if_the_text_had_just_been_read(folder, monkeypa
     start = run(monkeypatch, capsys, folder, "--prompt", "abc", *greedy, str(cut), "--save-state", kept).out
     end = run(monkeypatch, capsys, folder, "--load-state", kept, *greedy, str(12 - cut)).out
     assert start.removesuffix("\n") + end == whole
+
+
+def test_compiled_steps_write_the_same_text_from_one_graph_for_all_layers(folder, monkeypatch, capsys,
+                                                                          graphs):
+    flags = ["--prompt", "a", "--prompt", "bcd", "--max-new-tokens", "6", "--temperature", "0"]
+    plain = run(monkeypatch, capsys, folder, *flags).out
+    monkeypatch.setattr(Block, "forward", Block.forward)        # what --compile replaces comes back
+    assert run(monkeypatch, capsys, folder, *flags, "--compile").out == plain and len(graphs) == 1
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the published vocabulary is not here")

@@ -1,8 +1,8 @@
 """train.py's claims, with real processes where they speak of some. Longer: python tests/kill_loop.py 200"""
 import argparse
+import gc
 import json
 import math
-import os
 import re
 import resource
 import signal
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,12 @@ import torch
 import torch.nn.functional as F
 
 import train
-from kill_loop import SMALL, command, curve, kill_loop
+from kill_loop import ONE_THREAD, SMALL, command, curve, kill_loop, untouched_run
 from mamba import Mamba, MambaConfig
 from train import (RECIPES, Objective, Recipe, Source, Trainer, batch_size, byte_tokenizer, context_length,
                    flops_per_token, learning_rate, memory, mixture, optimizer, place, training_row)
 
 SEVEN, GT = RECIPES["falcon-mamba-7b"], 10**9
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,8 @@ def trained(monkeypatch, capsys):
 def uninterrupted(data, tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    subprocess.run(command(data, out, "--keep", "100"), check=True, env=ONE_THREAD, capture_output=True)
+    seconds = untouched_run(data, out)
+    out.with_name("seconds").write_text(str(seconds))
     return out
 
 
@@ -79,14 +80,14 @@ def printed(code):
     return run.stdout
 
 
-def trainer(sources=None, micro_batch=16, **sizes):
+def trainer(checkpoint_activations=False, **sizes):
     """A Trainer of a small random model in this process."""
     torch.manual_seed(0)
     small = {"vocab_size": 257, "d_model": 32, "n_layer": 2, "d_state": 8, "initializer_range": 0.2}
     config = MambaConfig(**small | sizes)
-    args = argparse.Namespace(device=torch.device("cpu"), micro_batch=micro_batch,
-                              checkpoint_activations=False, compile=False)
-    return Trainer(args, Recipe(), Mamba(config), byte_tokenizer(), sources or {})
+    args = argparse.Namespace(device=torch.device("cpu"), micro_batch=16,
+                              checkpoint_activations=checkpoint_activations, compile=False)
+    return Trainer(args, Recipe(), Mamba(config), byte_tokenizer(), {})
 
 
 # The recipe
@@ -355,6 +356,14 @@ def test_activation_checkpointing_changes_nothing(trained, uninterrupted, data, 
     np.testing.assert_allclose(curve(tmp_path / "o"), curve(uninterrupted), rtol=2e-5)
 
 
+def test_compiled_blocks_draw_the_curve_of_eager_ones(trained, uninterrupted, data, tmp_path, monkeypatch,
+                                                     graphs):
+    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.chunked)     # --compile changes it
+    assert trained("--data", data, "--out", tmp_path / "o", *SMALL, "--compile")[0] == 0
+    np.testing.assert_allclose(curve(tmp_path / "o"), curve(uninterrupted), rtol=2e-5)
+    assert graphs
+
+
 def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained, uninterrupted, data,
                                                                        tmp_path):
     out, at = tmp_path / "out", 0
@@ -376,8 +385,9 @@ def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained,
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
-def test_sigkill_loses_neither_the_folder_nor_the_curve(data, tmp_path):
-    assert kill_loop(2, data, tmp_path, seed=1) >= 2
+def test_sigkill_loses_neither_the_folder_nor_the_curve(uninterrupted, data, tmp_path):
+    seconds = float(uninterrupted.with_name("seconds").read_text())
+    assert kill_loop(2, data, tmp_path / "out", uninterrupted, seconds, seed=1) >= 2
 
 
 def copy_of(run, tmp_path, step):
@@ -598,37 +608,20 @@ def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
     assert fixed["weights"] == fixed["gradients"] == fixed["Adam's two averages"] / 2 == mine
 
 
-MEASURED = """
-import argparse, gc, itertools, torch, numpy as np
-import train
-from mamba import Mamba, MambaConfig
-rng = np.random.default_rng(0)
-def step(config, checkpointed):
-    args = argparse.Namespace(device=torch.device("cpu"), micro_batch=16, checkpoint_activations=checkpointed,
-                              compile=False)
-    trainer = train.Trainer(args, train.Recipe(), Mamba(config), train.byte_tokenizer(), {})
-    for _ in range(2):
-        trainer.loss(rng.integers(0, 2000, (4, 257))).backward()
-        trainer.adam.step()
-        trainer.adam.zero_grad()
-for layers, kind in (4, "without"), (8, "with"):
-    config = MambaConfig(vocab_size=2000, d_model=256, n_layer=layers, initializer_range=0.02)
-    gc.collect()
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as seen:
-        step(config, kind == "with")
-    moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    moves = sorted(moves, key=lambda e: e.start_ns())
-    fixed, rows = train.memory(config, 1, torch.float32)
-    print(sum(fixed.values()) + 4 * 256 * rows[kind], max(itertools.accumulate(e.nbytes() for e in moves)))
-"""
-
-
-def test_the_plans_memory_is_what_a_step_takes():
+@pytest.mark.parametrize("layers, kind", [(4, "without"), (8, "with")])
+def test_the_plans_memory_is_what_a_step_takes(layers, kind):
     """By PyTorch's own allocator, as what a process holds besides depends on the machine."""
-    out = printed(MEASURED)
-    for line in out.splitlines():
-        planned, measured = map(float, line.split())
-        print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-        assert 0.75 < measured / planned < 1.05     # a plan may ask for too much, hardly for too little
-    assert len(out.splitlines()) == 2
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        t = trainer(checkpoint_activations=kind == "with", vocab_size=2000, d_model=256, d_state=16,
+                    n_layer=layers)
+        for rows in np.random.default_rng(0).integers(0, 2000, (2, 4, 257)):
+            t.loss(rows).backward()
+            t.adam.step()
+            t.adam.zero_grad()
+    moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    measured = max(accumulate(e.nbytes() for e in sorted(moves, key=lambda e: e.start_ns())))
+    fixed, rows = memory(t.model.config, 1, torch.float32)
+    planned = sum(fixed.values()) + 4 * 256 * rows[kind]
+    print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert 0.75 < measured / planned < 1.05     # a plan may ask for too much, hardly for too little
