@@ -225,8 +225,9 @@ def compile_blocks() -> None:
     """Let torch.compile fuse what a block does to one token: once, for all layers. Prompts run as before."""
     eager, fused = Block.forward, torch.compile(Block.forward, dynamic=False)
 
-    def forward(self, stream, *rest):
-        return (fused if stream.shape[1] == 1 else eager)(self, stream, *rest)
+    def forward(self, stream, past, h0, reset):
+        step = fused if stream.shape[1] == 1 and reset is None else eager
+        return step(self, stream, past, h0, reset)
     Block.forward = forward
 
 

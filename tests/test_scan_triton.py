@@ -361,12 +361,14 @@ def test_fully_sharded_blocks_train_around_it(monkeypatch):
 
     import scan
     from mamba import Mamba, MambaConfig
-    monkeypatch.setattr(scan, "default_backend", lambda device, l: "triton")
+    torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=11, d_model=4, n_layer=2, d_state=2)).to(DEVICE)
     tokens = torch.arange(6, device=DEVICE)[None]
+    monkeypatch.setattr(scan, "default_backend", lambda device, l: "naive")
     model(tokens)[0].logsumexp(-1).sum().backward()
     wanted = [p.grad for p in model.parameters()]
     model.zero_grad()
+    monkeypatch.setattr(scan, "default_backend", lambda device, l: "triton")
     dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for block in model.backbone.layers:
@@ -374,7 +376,8 @@ def test_fully_sharded_blocks_train_around_it(monkeypatch):
         fully_shard(model)
         model(tokens)[0].logsumexp(-1).sum().backward()
         for p, gradient in zip(model.parameters(), wanted):
-            torch.testing.assert_close(p.grad.full_tensor(), gradient)
+            torch.testing.assert_close(p.grad.full_tensor(), gradient, rtol=1e-4,
+                                       atol=1e-5 * gradient.abs().max().item())
     finally:
         dist.destroy_process_group()
 
