@@ -24,7 +24,7 @@ def graphs(monkeypatch):
     """The graphs that torch.compile finds, which run as they are: to make C++ of one takes half a minute."""
     found = []
 
-    def keep(graph, inputs):
+    def keep(graph, inputs, **_):
         found.append(graph)
         return graph.forward
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
