@@ -169,8 +169,6 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
         prompt.encode()
     except UnicodeEncodeError:
         raise ValueError("the prompt is not UTF-8 text") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     if lost := "".join(sorted(set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False)))):
         print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it",
@@ -180,9 +178,12 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
+    tokenizer.no_truncation()   # a file may ask for these two
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
@@ -265,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         compile_blocks()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"{args.model}: {weights / 1e9:.2f} GB of weights on {args.device}, {model.lm_head.weight.dtype}; "
+    print(f"{args.model}: {weights / 1e9:.3g} GB of weights on {args.device}, {model.lm_head.weight.dtype}; "
           f"scan: {default_backend(args.device, PIECE)} for prompts, {default_backend(args.device, 1)} for "
           f"tokens; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 

@@ -112,7 +112,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
         h = tl.load(enter_ptr + state)
-    due, kept = first, seq * 0                     # the step to keep h at next, and the tiles kept before
+    due, kept = first, seq * 0                     # the step to keep h at next; the tiles kept before, int64
     for t in range(first, end, STEPS):
         left, at = until - t, (seq * l + t) * d + c
         at_BC = (seq * tl.cdiv(l, STEPS) * STEPS + t) * N + n
@@ -146,7 +146,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
             for s in tl.static_range(STEPS):
                 tl.store(y_ptr + at + s * d, ys[s], mask=s < left)
     tl.store(end_ptr + state, h if dy_ptr is None else dh)
-    if decay_ptr is not None:
+    if decay_ptr is not None:                      # the product of all exp(delta_t A): exp(A time)
         tl.store(decay_ptr + state, tl.exp2(time[None, :] * A) if dy_ptr is None else decay)
 
 

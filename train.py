@@ -185,8 +185,6 @@ def byte_tokenizer() -> Tokenizer:
 
 def open_tokenizer(path: Path | None) -> Tokenizer:
     tokenizer = sample.read_tokenizer(path) if path else byte_tokenizer()
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True      # a text that names <|endoftext|> does not end there
     if tokenizer.token_to_id(END) is None:
         raise ValueError(f"{path} has no token {END}, which closes a document")

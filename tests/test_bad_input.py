@@ -468,7 +468,7 @@ def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(folder, c
     tokenizer.save(str(folder / "tokenizer.json"))
     status, _, err = call(sample, "--model", folder, "--prompt", "abcdef", "--max-new-tokens", 1)
     assert status == 0 and "warning" not in err
-    assert len(sample.encode(Tokenizer.from_file(str(folder / "tokenizer.json")), "abcdef")) == 6
+    assert len(sample.encode(sample.read_tokenizer(folder / "tokenizer.json"), "abcdef")) == 6
 
 
 # The command line of sample.py.
