@@ -117,9 +117,9 @@ class State(NamedTuple):
     ssm: list[Tensor]       # a layer: (b, d, n) fp32, as bf16 states are known to drift into gibberish
 
 
-def rms_norm(v: Tensor, eps: float) -> Tensor:
-    """v over its root mean square along the last dimension, in fp32 whatever v's dtype."""
-    return F.rms_norm(v.float(), v.shape[-1:], eps=eps)
+def rms_norm(v: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """v over its root mean square along the last dimension, times weight, in fp32 whatever their dtypes."""
+    return F.rms_norm(v.float(), v.shape[-1:], None if weight is None else weight.float(), eps)
 
 
 class RMSNorm(nn.Module):
@@ -129,7 +129,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, stream):
-        return rms_norm(stream, self.eps).to(self.weight.dtype) * self.weight
+        return rms_norm(stream, self.eps, self.weight).to(self.weight.dtype)    # the reference rounds twice
 
 
 class Mixer(nn.Module):
@@ -180,7 +180,7 @@ class Mixer(nn.Module):
             tap = window[:, i:i + l] * weight[i]                            # (b, l, d), of k - 1 - i ago
             if reset is not None:                       # masked as a product, of which training keeps nothing
                 tap.masked_fill_((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y = y + tap
+            y += tap
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
