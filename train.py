@@ -473,7 +473,7 @@ class Trainer:
 
     def update(self) -> dict:
         """One step. Returns its figures, which are over all ranks."""
-        begin, recipe, nats = time.perf_counter(), self.recipe, 0.0
+        begin, recipe, losses = time.perf_counter(), self.recipe, []
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
         count = size * length
         passes = self.passes(size, lambda i: training_row(recipe, self.sources, self.tokens, i))
@@ -482,9 +482,9 @@ class Trainer:
                 self.objective.set_requires_gradient_sync(rows is passes[-1])
             loss = self.loss(rows)
             (loss * self.world / count).backward()        # FSDP takes the mean over ranks
-            nats += loss.item()
+            losses.append(loss.detach())        # read below: to read it here would let a GPU wait for us
         norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
-        loss = over_ranks(nats)[0] / count
+        loss = over_ranks(sum(loss.item() for loss in losses))[0] / count
         self.step, self.tokens = self.step + 1, self.tokens + count
         if not math.isfinite(loss + norm):
             raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
     model = Mamba(MambaConfig(vocab_size=257, d_model=16, n_layer=2, d_state=4, eos_token_id=256))
-    for layer in model.backbone.layers:         # long steps and loud layers: what it read decides what it writes
+    for layer in model.backbone.layers:         # long steps, loud layers: what it read decides what it writes
         layer.mixer.dt_proj.bias.data += 3
         layer.mixer.out_proj.weight.data *= 8
     model.lm_head.weight.data[128:256] = 0      # greedy text is ASCII, so no cut falls within a character

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
 
 import train
 from kill_loop import ONE_THREAD, SMALL, command, curve, kill_loop, untouched_run
@@ -612,7 +613,7 @@ def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
 def test_the_plans_memory_is_what_a_step_takes(layers, kind):
     """By PyTorch's own allocator, as what a process holds besides depends on the machine."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         t = trainer(checkpoint_activations=kind == "with", vocab_size=2000, d_model=256, d_state=16,
                     n_layer=layers)
         for rows in np.random.default_rng(0).integers(0, 2000, (2, 4, 257)):
