@@ -47,8 +47,8 @@ def kill_loop(kills: int, data: Path, out: Path, untouched: Path, whole: float, 
         done = max(out.glob("checkpoints/step-*[0-9]"), default=None)
         process = subprocess.Popen(command(data, out, "--resume"), env=ONE_THREAD, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, text=True)
-        # Most runs live long enough to train: the first step comes after about two thirds of a whole run.
-        deadline = time.perf_counter() + rng.uniform(0.3, 1.1) * whole
+        # Most are killed while they train: the first step comes after about two thirds of a whole run.
+        deadline = time.perf_counter() + rng.uniform(0.5, 1.05) * whole
         while process.poll() is None and time.perf_counter() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
