@@ -66,6 +66,7 @@ SHUFFLED = 2**20           # rows in one order: a corpus may have billions, too 
 
 
 def flag(default, help, low=0, high=2**60):
+    """A field that is also a flag of the command line; its numbers go from low to high."""
     return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
@@ -298,8 +299,8 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
     block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
     slot = int(order(1000, recipe.seed, now, block)[slot])
     ends = [round(1000 * share) for share in accumulate(shares.values(), initial=0)]
-    k = bisect_right(ends, slot) - 1
-    name = [*shares][k]
+    k = bisect_right(ends, slot) - 1            # the source whose slots go from ends[k] to ends[k + 1] - 1
+    name = [*shares][k]                         # in former stages this many of its tokens were read:
     earlier = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
     return name, int(earlier // length) + block * (ends[k + 1] - ends[k]) + slot - ends[k]
 
