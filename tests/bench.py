@@ -32,7 +32,7 @@ PEERS = {"generate": {"ours": {}, "ours, --compile": {}, "transformers": {"trans
          "training": {"ours": {},
                       "transformers, mambapy": {"transformers": "transformers", "mambapy": "mambapy"}},
          "length": {"ours": {}, "attention": {"transformers": "transformers"}}}
-FULL = dict(generate=dict(d_model=768, n_layer=24, vocab_size=65024), prompt=512, written=32, rounds=4,
+FULL = dict(generate=dict(d_model=768, n_layer=24, vocab_size=65024), prompt=512, written=32, rounds=8,
             training=dict(d_model=256, n_layer=4, vocab_size=257), batch=8, context=256,
             lengths=[128, 512, 2048, 8192, 32768])
 QUICK = dict(generate=dict(d_model=32, n_layer=2, vocab_size=300), prompt=16, written=4, rounds=2,
