@@ -293,7 +293,7 @@ class Mamba(nn.Module):
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
-            # Replaced ones are to save memory: no mapped file stays, of which all that was read would count.
+            # With `replace` memory is short: a copy lets go of the mapped file, whose pages count once read.
             value = stored.pop(name).to(device, torch.float32 if exact else dtype, copy=replace is not None)
             setattr(module, leaf, nn.Parameter(value))
             if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):

@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [encode(tokenizer, prompt) for prompt in prompts]
     if args.load_state:
         state, last = load_state(args.load_state, model, args.device)
-        state = State(*([v.expand(args.num_samples, -1, -1) for v in part] for part in state))
+        state = State(*([v.repeat(args.num_samples, 1, 1) for v in part] for part in state))
         rows[0].insert(0, last)
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")

@@ -116,6 +116,23 @@ def test_compiled_steps_write_the_same_text_from_one_graph_for_all_layers(folder
     assert run(monkeypatch, capsys, folder, *flags, "--compile").out == plain and len(graphs) == 1
 
 
+def test_compiled_steps_keep_the_samples_from_one_state_apart(folder, monkeypatch, capsys, tmp_path):
+    kept, seed = str(tmp_path / "kept"), ["--num-samples", "3", "--seed", "1", "--max-new-tokens", "8"]
+    run(monkeypatch, capsys, folder, "--prompt", "abc", "--max-new-tokens", "2", "--save-state", kept)
+    plain = run(monkeypatch, capsys, folder, "--load-state", kept, *seed).out
+    monkeypatch.setattr(Block, "forward", Block.forward)
+    strides = []
+
+    def fixed(step, **_):       # as code compiled for the first call, and never checked again
+        def run_step(self, stream, past, h0, reset):
+            strides.append((past.stride(), h0.stride()))
+            return step(self, stream, past, h0, reset)
+        return run_step
+    monkeypatch.setattr(torch, "compile", fixed)
+    assert run(monkeypatch, capsys, folder, "--load-state", kept, *seed, "--compile").out == plain
+    assert len(set(strides)) == 1
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the published vocabulary is not here")
 def test_the_tokenizer_agrees_with_the_published_vectors():
     tokenizer = Tokenizer.from_file(str(SHARED / "tokenizer.json"))
