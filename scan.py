@@ -54,14 +54,10 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of auto, triton, {', '.join(BACKENDS)}")
 
-    signal = x.float()
-    delta = F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
-    h0 = signal.new_zeros(b, d, n) if h0 is None else h0.float()
-    y, h = BACKENDS[backend](signal, delta, A.float(), B.float(), C.float(), h0, reset)
-    if D is not None:
-        y = torch.addcmul(y, D.float(), signal)
-    if z is not None:
-        y = y * F.silu(z.float())
+    D, dt_bias = (A.new_zeros(d) if v is None else v for v in (D, dt_bias))
+    h0 = A.new_zeros(b, d, n) if h0 is None else h0
+    floats = (v if v is None else v.float() for v in (x, dt, A, B, C, D, z, dt_bias, h0))
+    y, h = BACKENDS[backend](*floats, reset)
     return y.to(x.dtype), h
 
 
@@ -72,8 +68,8 @@ def default_backend(device: torch.device, l: int) -> str:
     return "naive" if l == 1 else "chunked"
 
 
-# Each backend takes (x, delta, A, B, C, h0, reset), every float tensor in fp32 (or all in float64), and
-# returns (y, h) without skip and gate. First, the definition.
+# Each backend takes the same arguments, all floats in fp32 (or all in float64); only z and reset may still be
+# None. First, the definition.
 
 LOG2_E = math.log2(math.e)
 
@@ -83,9 +79,16 @@ def exp(v: Tensor) -> Tensor:
     return torch.exp2(v * LOG2_E)
 
 
-def naive(x, delta, A, B, C, h, reset):
+def gated(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
+    """What was read from the states, with the skip and then the gate, all (b, l, d)."""
+    y = torch.addcmul(y, D, x)
+    return y if z is None else y * F.silu(z)
+
+
+def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
     """One step after the other. Autograd differentiates it, and to do so keeps every state: (b, l, d, n)."""
-    y, u = [], delta * x                                             # (b, l, d)
+    y, delta = [], F.softplus(dt + dt_bias)                          # (b, l, d)
+    u = delta * x                                                    # (b, l, d)
     for t in range(x.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
@@ -93,7 +96,7 @@ def naive(x, delta, A, B, C, h, reset):
         drive = u[:, t, :, None] * B[:, t, None]                     # (b, d, n)
         h = torch.addcmul(drive, decay, h)                           # (b, d, n): decay h + drive
         y.append(h @ C[:, t, :, None])                               # (b, d, 1)
-    return torch.stack(y, dim=1)[..., 0], h                          # (b, l, d), (b, d, n)
+    return gated(torch.stack(y, dim=1)[..., 0], x, D, z), h          # (b, l, d), (b, d, n)
 
 
 # Second, in parallel. Two steps in a row are one step of the same form,
@@ -102,15 +105,16 @@ def naive(x, delta, A, B, C, h, reset):
 # product of decays, and no logarithms are summed: both are shorter, and lose all digits as a product nears 0.
 
 
-def parallel(x, delta, A, B, C, h0, reset):
+def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """All steps at once, in 2 log2(l) moves and O(l) work, holding a few times (b, l, d, n)."""
+    delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
     decay = exp(delta[..., None] * A)                                # (b, l, d, n)
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
     drive = (delta * x)[..., None] * B[:, :, None, :]                # (b, l, d, n)
     first = torch.addcmul(drive[:, :1], decay[:, :1], h0[:, None])   # (b, 1, d, n): step 0, taken from h0
     h = merge_pairs(decay, torch.cat([first, drive[:, 1:]], dim=1))  # (b, l, d, n)
-    return (h @ C[..., None])[..., 0], h[:, -1]                      # (b, l, d), (b, d, n)
+    return gated((h @ C[..., None])[..., 0], x, D, z), h[:, -1]      # (b, l, d), (b, d, n)
 
 
 def merge_pairs(a: Tensor, b: Tensor) -> Tensor:
@@ -126,90 +130,97 @@ def merge_pairs(a: Tensor, b: Tensor) -> Tensor:
 
 
 # Third, for training on a CPU: the loop again, with the decays of 16 steps computed at once. The backward
-# pass recomputes each such chunk from the state at its start, so (b, l, d, n) never exists. Write g_t for
-# dL/dh_t. y_t and h_{t+1} both read h_t, so
+# pass recomputes each such chunk from the state at its start, so (b, l, d, n) never exists; it recomputes
+# delta, the ungated y and SiLU(z) too, and keeps one tensor (b, l, d) for each of x, dt and z. Write g_t for
+# dL/dh_t and dy_t for dL/d(ungated y_t). y_t and h_{t+1} both read h_t, so
 #     g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}:
 # the same recurrence, run from the end. Each other gradient is g_t times what its tensor was multiplied by.
 
 CHUNK = 16      # 8 to 32 take the same time here: fewer pay Python more, more outgrow the processor's cache
 
 
-def run_chunk(decay, hs, delta, u, A, B, h, reset):
-    """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return the last."""
+def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
+    """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return C_t . h_t."""
+    torch.mul((delta * x)[:, :, None], B[..., None], out=hs)         # the drives, made states one by one
     if reset is not None:                                            # an endless step forgets everything
         delta = delta.masked_fill(reset[..., None], torch.finfo(delta.dtype).max)
     torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
-    torch.mul(u[:, :, None], B[..., None], out=hs)                   # the drives, made states one by one
     for a, now in zip(decay.unbind(1), hs.unbind(1)):
         h = now.addcmul_(a, h)                                       # (b, n, d)
-    return h
+    return (C[:, :, None] @ hs)[:, :, 0]                             # (b, c, d)
+
+
+def cut(now: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [v if v is None else v[:, now].contiguous() for v in tensors]
 
 
 class Chunked(torch.autograd.Function):
     """In here d is the last dimension of A and of every state: long rows are quick to multiply."""
 
     @staticmethod
-    def forward(ctx, x, delta, A, B, C, h, reset):
+    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h, reset):
         A, h, y, starts = A.T.contiguous(), h.mT.contiguous(), torch.empty_like(x), []
         buffers = [h.new_empty(len(h), CHUNK, *h.shape[1:]) for _ in range(2)]  # reused: new memory is slow
         for t in range(0, x.shape[1], CHUNK):
             now = slice(t, t + CHUNK)
-            x_, delta_, B_, C_ = (v[:, now] for v in (x, delta, B, C))
+            x_, dt_, B_, C_, z_, reset_ = cut(now, x, dt, B, C, z, reset)
             decay, hs = (v[:, :x_.shape[1]] for v in buffers)
             starts.append(h)
-            h = run_chunk(decay, hs, delta_, delta_ * x_, A, B_, h, None if reset is None else reset[:, now])
-            h = h.clone()                                            # out of the buffer
-            y[:, now] = (C_[:, :, None] @ hs)[:, :, 0]
-        ctx.save_for_backward(x, delta, A, B, C, reset, *starts)
+            y_ = run_chunk(decay, hs, x_, F.softplus(dt_ + dt_bias), A, B_, C_, h, reset_)
+            y[:, now] = gated(y_, x_, D, z_)
+            h = hs[:, -1].clone()                                    # (b, n, d), out of the buffer
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, reset, *starts)
         return y, h.mT.contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
-        x, delta, A, B, C, reset, *starts = ctx.saved_tensors
-        dx, d_delta, dB, dC = map(torch.empty_like, (x, delta, B, C))
-        dA, dh = torch.zeros_like(A), dh.mT.contiguous()
+        x, dt, A, B, C, D, z, dt_bias, reset, *starts = ctx.saved_tensors
+        dx, d_dt, dB, dC, dz = (v if v is None else torch.empty_like(v) for v in (x, dt, B, C, z))
+        dA, dD, dh = torch.zeros_like(A), torch.zeros_like(D), dh.mT.contiguous()
         buffers = [dh.new_empty(len(dh), CHUNK, *dh.shape[1:]) for _ in range(3)]
         for i in reversed(range(len(starts))):
             now = slice(i * CHUNK, (i + 1) * CHUNK)
-            x_, delta_, B_, C_, dy_ = (v[:, now].contiguous() for v in (x, delta, B, C, dy))
-            u, c = delta_ * x_, x_.shape[1]
+            x_, dt_, B_, C_, z_, reset_, dy_ = cut(now, x, dt, B, C, z, reset, dy)
+            delta_, c = F.softplus(dt_ + dt_bias), x_.shape[1]
             decay, hs, g = (v[:, :c] for v in buffers)
-            run_chunk(decay, hs, delta_, u, A, B_, starts[i], None if reset is None else reset[:, now])
+            y_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, starts[i], reset_)
+            if z is not None:
+                y_, gate = torch.addcmul(y_, D, x_), z_.sigmoid()
+                dz[:, now] = dy_ * y_ * gate * (1 + z_ * (1 - gate))
+                dy_ = dy_ * z_ * gate                                # from here on of the ungated y
             torch.mul(C_[..., None], dy_[:, :, None], out=g)         # (b, c, n, d): what y_t asks of h_t,
             g[:, -1] += dh                                           # and what later chunks ask of the last
             for t in reversed(range(c - 1)):
                 g[:, t].addcmul_(decay[:, t + 1], g[:, t + 1])
             dh = decay[:, 0] * g[:, 0]                               # (b, n, d): for the chunk before
             dC[:, now] = (hs @ dy_[:, :, None].mT)[..., 0]
-            dB[:, now] = (g @ u[:, :, None].mT)[..., 0]
-            du = (B_[:, :, None] @ g)[:, :, 0]                       # (b, c, d)
+            dB[:, now] = (g @ (delta_ * x_)[:, :, None].mT)[..., 0]
+            du = (B_[:, :, None] @ g)[:, :, 0]                       # (b, c, d): of delta_t x_t
             g *= decay
             g[:, 0] *= starts[i]
             g[:, 1:] *= hs[:, :-1]                                   # now dL/d(delta_t A)
             # From here on `decay` is only a place to put products.
             dA += torch.mul(g, delta_[:, :, None], out=decay).sum((0, 1))
-            d_delta[:, now] = torch.addcmul(torch.mul(g, A, out=decay).sum(2), du, x_)
-            dx[:, now] = du * delta_
-        return dx, d_delta, dA.T, dB, dC, dh.mT, None
+            d_delta = torch.addcmul(torch.mul(g, A, out=decay).sum(2), du, x_)      # (b, c, d)
+            d_dt[:, now] = d_delta * torch.sigmoid(dt_ + dt_bias)
+            dD += (dy_ * x_).sum((0, 1))
+            dx[:, now] = torch.addcmul(du * delta_, D, dy_)
+        return dx, d_dt, dA.T, dB, dC, dD, dz, d_dt.sum((0, 1)), dh.mT, None
 
 
-def chunked(x, delta, A, B, C, h0, reset):
-    """The loop over chunks; keeps one state a chunk for the backward pass."""
-    return Chunked.apply(x, delta, A, B, C, h0, reset)
-
-
-BACKENDS = {"naive": naive, "parallel": parallel, "chunked": chunked}
+BACKENDS = {"naive": naive, "parallel": parallel, "chunked": Chunked.apply}
 
 
 if __name__ == "__main__":
     b, l, d, n = 4, 256, 256, 16
     torch.manual_seed(0)
-    inputs = [torch.randn(b, l, d), F.softplus(torch.randn(b, l, d) - 3), -torch.rand(d, n) * n,
-              torch.randn(b, l, n), torch.randn(b, l, n), torch.randn(b, d, n)]
+    inputs = [torch.randn(b, l, d), torch.randn(b, l, d), -torch.rand(d, n) * n,        # x, dt, A
+              torch.randn(b, l, n), torch.randn(b, l, n), torch.randn(d),               # B, C, D
+              torch.randn(b, l, d), torch.randn(d) - 3, torch.randn(b, d, n)]           # z, dt_bias, h0
 
     def run(scan, dtype):
-        """Two outputs and six gradients; the milliseconds of the forward alone and of both."""
+        """Two outputs and nine gradients; the milliseconds of the forward alone and of both."""
         leaves = [v.to(dtype).requires_grad_() for v in inputs]
         start = time.perf_counter()
         outputs = scan(*leaves, None)

@@ -433,7 +433,7 @@ class Trainer:
         self.saving.set_result(None)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
-            scan.BACKENDS["chunked"] = torch.compiler.disable(scan.chunked)
+            scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
         for block in model.backbone.layers:
             if args.checkpoint_activations:
                 block.forward = partial(rerun, block.forward)

@@ -361,7 +361,7 @@ def test_activation_checkpointing_changes_nothing(trained, uninterrupted, data, 
 
 def test_compiled_blocks_draw_the_curve_of_eager_ones(trained, uninterrupted, data, tmp_path, monkeypatch,
                                                      graphs):
-    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.chunked)     # --compile changes it
+    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     assert trained("--data", data, "--out", tmp_path / "o", *SMALL, "--compile")[0] == 0
     np.testing.assert_allclose(curve(tmp_path / "o"), curve(uninterrupted), rtol=2e-5)
     assert graphs
