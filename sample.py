@@ -44,11 +44,11 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    reset = torch.zeros_like(tokens, dtype=torch.bool) if reset is None else reset
-    for piece, starts in zip(tokens[:, :-1].split(PIECE, 1), reset[:, :-1].split(PIECE, 1)):
-        if piece.shape[1]:
-            _, state = model(piece, state, starts, last_only=True)
-    token, starts = tokens[:, -1], reset[:, -1:] if reset[:, -1].any() else None
+    last = tokens.shape[1] - 1
+    for i in range(0, last, PIECE):
+        now = slice(i, min(i + PIECE, last))
+        _, state = model(tokens[:, now], state, None if reset is None else reset[:, now], last_only=True)
+    token, starts = tokens[:, -1], reset[:, -1:] if reset is not None and reset[:, -1].any() else None
     done, step = torch.zeros_like(token, dtype=torch.bool), model
     for i in range(max_new_tokens):
         if i == 1 and tokens.is_cuda:
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
     prompts, rows = prompts * args.num_samples, rows * args.num_samples
     padding = torch.tensor([[max(map(len, rows)) - len(row)] for row in rows], device=args.device)
     tokens = torch.tensor([[0] * int(pad) + row for pad, row in zip(padding, rows)], device=args.device)
-    if not args.load_state:     # each prompt is a document, and does not see the padding on its left
+    if padding.any():           # each prompt is a document, and does not see the padding on its left
         reset = torch.arange(tokens.shape[1], device=args.device) == padding
     stop = tokenizer.token_to_id("<|endoftext|>")
     stop = model.config.eos_token_id if stop is None else stop

@@ -44,12 +44,14 @@ def trained(monkeypatch, capsys):
     """Run train.py's main in this process with these flags; returns its exit status, output and errors."""
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        status = 0
+        status, threads = 0, torch.get_num_threads()
+        torch.set_num_threads(1)        # as the runs beside it: two threads may sum in another order
         before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             train.main()
         except SystemExit as e:
             status = e.code or 0
+        torch.set_num_threads(threads)
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
             signal.signal(number, handler)
         text = capsys.readouterr()
