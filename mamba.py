@@ -68,10 +68,11 @@ class MambaConfig:
     pad_token_id: int = 0
 
     def __post_init__(self):
-        whole = self.d_model if type(self.d_model) is int else 1        # what it is not is said below
-        self.d_inner = 2 * whole if self.d_inner is None else self.d_inner
-        self.dt_rank = -(-whole // 16) if self.dt_rank is None else self.dt_rank
-        for f in fields(self):
+        for f in fields(self):      # in order: d_model has been checked when these two are made from it
+            if f.name == "d_inner" and self.d_inner is None:
+                self.d_inner = 2 * self.d_model
+            if f.name == "dt_rank" and self.dt_rank is None:
+                self.dt_rank = -(-self.d_model // 16)
             value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
             low, high = (0, 2**31) if name.endswith("_id") else (1, 2**10 if f.name == "n_layer" else 2**20)
             fits = {int: type(value) is int and low <= value <= high, bool: type(value) is bool,

@@ -82,7 +82,7 @@ def exp(v: Tensor) -> Tensor:
 def gated(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     """What was read from the states, with the skip and then the gate, all (b, l, d)."""
     y = torch.addcmul(y, D, x)
-    return y if z is None else y * F.silu(z)
+    return y if z is None else y * F.silu(z)                         # without z there is no gate
 
 
 def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
@@ -151,6 +151,7 @@ def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
 
 
 def cut(now: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Those steps of each."""
     return [v if v is None else v[:, now].contiguous() for v in tensors]
 
 
