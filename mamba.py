@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scan import exp, selective_scan
+from scan import selective_scan
 
 # Where config.json uses another name than we do.
 PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
@@ -154,7 +154,7 @@ class Mixer(nn.Module):
         z = z.contiguous()                  # training keeps z, and with a view of it x, for the backward pass
         x, past = self.conv(x, past, reset)                                 # (b, l, d), (b, k - 1, d)
         dt, B, C = self.selection(x)                                        # (b, l, d), (b, l, n), (b, l, n)
-        A = -exp(self.A_log.float())                                        # (d, n)
+        A = -torch.exp(self.A_log.float())                                  # (d, n)
         # dt_proj's bias is added in the scan, in fp32: its time scales, 0.001 to 0.1, are too fine for bf16.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h0, reset)
         return self.out_proj(y), past, h

@@ -1,16 +1,20 @@
 """The selective scan: a recurrent network whose steps can run in parallel.
 
-    delta_t = softplus(dt_t + dt_bias)                  how long step t lasts, always > 0
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      Mamba (arXiv 2312.00752), Eq. 2a, discrete by Eq. 4
+Each of d channels has a state h of n numbers which follows h'(t) = A h(t) + B x(t): A < 0 lets it fade, B
+writes the input into it. Let token t last for a time delta_t, and solve this over that time, exactly for the
+fading and by Euler's rule, time times slope, for the input:
+
+    delta_t = softplus(dt_t + dt_bias)                  how long token t lasts, always > 0
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      Mamba (arXiv 2312.00752), Eq. 2a
     y_t = (C_t . h_t + D x_t) SiLU(z_t)                 Eq. 2b, then the skip D and the gate z of its Fig. 3
 
-Each of d channels owns a state h of n numbers. A < 0 makes the state fade, B_t writes x_t into it, C_t reads
-it out. dt, B and C depend on the token, which is what "selective" means: a long step (large delta) forgets
-the past and takes the token in, a short one passes over it. (Eq. 4 would also scale B; Mamba's own code, and
-so the published weights, take Euler's delta_t B_t instead.)
+At one t, x_t, delta_t, z_t, D and y_t are (d,), B_t and C_t (n,), A and h_t (d, n). So delta_t B_t x_t is an
+outer product, (d, n), and C_t . h_t sums over n. dt, B and C are computed from the token, which is what
+"selective" means: a long delta_t forgets the past and takes the token in, a short one passes over it. (The
+paper's Eq. 4 solves for B exactly too. Mamba's own code, and so the published weights, use Euler's rule.)
 
 This file says the recurrence three times, with the same numbers: as a loop (`naive`, the definition), in
-log2(l) parallel steps (`parallel`), and chunk by chunk with a backward derived by hand (`chunked`, the one
+2 log2(l) parallel steps (`parallel`), and chunk by chunk with a backward derived by hand (`chunked`, the one
 that trains on a CPU). `python scan.py` prints the error and the time of each; tests/test_scan.py holds them
 to a float64 loop.
 Next: scan_triton.py says it a fourth time, for a GPU; mamba.py builds the model around it.
@@ -71,12 +75,7 @@ def default_backend(device: torch.device, l: int) -> str:
 # Each backend takes the same arguments, all floats in fp32 (or all in float64); only z and reset may still be
 # None. First, the definition.
 
-LOG2_E = math.log2(math.e)
-
-
-def exp(v: Tensor) -> Tensor:
-    """e^v as 2^(v log2 e): PyTorch's exp2 is over three times as fast as its exp on our CPU, an AMD EPYC."""
-    return torch.exp2(v * LOG2_E)
+LOG2_E = math.log2(math.e)      # exp(v) = exp2(v LOG2_E), and PyTorch's exp2 is the faster one on a CPU
 
 
 def gated(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
@@ -88,12 +87,12 @@ def gated(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
 def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
     """One step after the other. Autograd differentiates it, and to do so keeps every state: (b, l, d, n)."""
     y, delta = [], F.softplus(dt + dt_bias)                          # (b, l, d)
-    u = delta * x                                                    # (b, l, d)
+    w = delta * x                                                    # (b, l, d)
     for t in range(x.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
-        decay = exp(delta[:, t, :, None] * A)                        # (b, d, n)
-        drive = u[:, t, :, None] * B[:, t, None]                     # (b, d, n)
+        decay = torch.exp2((delta[:, t] * LOG2_E)[..., None] * A)    # (b, d, n)
+        drive = w[:, t, :, None] * B[:, t, None]                     # (b, d, n)
         h = torch.addcmul(drive, decay, h)                           # (b, d, n): decay h + drive
         y.append(h @ C[:, t, :, None])                               # (b, d, 1)
     return gated(torch.stack(y, dim=1)[..., 0], x, D, z), h          # (b, l, d), (b, d, n)
@@ -101,48 +100,53 @@ def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
 
 # Second, in parallel. Two steps in a row are one step of the same form,
 #     a2 (a1 h + b1) + b2 = (a2 a1) h + (a2 b1 + b2),
-# and this merging is associative, so a sequence halves in one parallel move. Nothing is ever divided by a
-# product of decays, and no logarithms are summed: both are shorter, and lose all digits as a product nears 0.
+# and this merging is associative: it does not matter which neighbours are merged first. So one parallel step
+# merges all pairs and halves the sequence. log2(l) of them merge it all, and as many more fill in the states
+# between. (Shorter forms divide by cumulative products of decays, or sum their logarithms. They lose all
+# digits once a product comes near 0, as it soon does.)
 
 
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
-    """All steps at once, in 2 log2(l) moves and O(l) work, holding a few times (b, l, d, n)."""
+    """All steps at once, in 2 log2(l) parallel steps and O(l) work, holding a few times (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
-    decay = exp(delta[..., None] * A)                                # (b, l, d, n)
+    decay = torch.exp2((delta * LOG2_E)[..., None] * A)              # (b, l, d, n)
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
     drive = (delta * x)[..., None] * B[:, :, None, :]                # (b, l, d, n)
-    first = torch.addcmul(drive[:, :1], decay[:, :1], h0[:, None])   # (b, 1, d, n): step 0, taken from h0
-    h = merge_pairs(decay, torch.cat([first, drive[:, 1:]], dim=1))  # (b, l, d, n)
+    drive[:, 0] += decay[:, 0] * h0                                  # step 0 is taken from h0
+    h = merge_pairs(decay, drive)                                    # (b, l, d, n)
     return gated((h @ C[..., None])[..., 0], x, D, z), h[:, -1]      # (b, l, d), (b, d, n)
 
 
-def merge_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t for every t along dim 1, from h_{-1} = 0, for any length."""
-    if b.shape[1] == 1:
-        return b
-    a1, b1, a2, b2 = a[:, 0:-1:2], b[:, 0:-1:2], a[:, 1::2], b[:, 1::2]  # steps 0, 2, 4, ... and 1, 3, 5, ...
+def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
+    """h_t = decay_t h_{t-1} + drive_t for every t along dim 1, from h_{-1} = 0, for any length."""
+    if drive.shape[1] == 1:
+        return drive
+    a1, b1 = decay[:, :-1:2], drive[:, :-1:2]                        # steps 0, 2, 4, ... with one after it
+    a2, b2 = decay[:, 1::2], drive[:, 1::2]                          # 1, 3, 5, ...: the one after it
     odd = merge_pairs(a2 * a1, torch.addcmul(b2, a2, b1))            # h_1, h_3, h_5, ...: half as long
-    h = b.clone()                                                    # h_0 is right already
+    h = drive.clone()                                                # h_0 is right already
     h[:, 1::2] = odd
-    h[:, 2::2] += a[:, 2::2] * odd[:, :h[:, 2::2].shape[1]]          # h_2 = a_2 h_1 + b_2, h_4, ...
+    h[:, 2::2] += decay[:, 2::2] * odd[:, :(drive.shape[1] - 1) // 2]    # h_2 = a_2 h_1 + b_2, h_4, ...
     return h
 
 
 # Third, for training on a CPU: the loop again, with the decays of 16 steps computed at once. The backward
-# pass recomputes each such chunk from the state at its start, so (b, l, d, n) never exists; it recomputes
-# delta, the ungated y and SiLU(z) too, and keeps one tensor (b, l, d) for each of x, dt and z. Write g_t for
-# dL/dh_t and dy_t for dL/d(ungated y_t). y_t and h_{t+1} both read h_t, so
-#     g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}:
-# the same recurrence, run from the end. Each other gradient is g_t times what its tensor was multiplied by.
+# pass recomputes each such chunk from the state at its start, so (b, l, d, n) never exists: it keeps x, dt
+# and z, (b, l, d) each, and one state in sixteen. Write g_t for dL/dh_t and dy_t for dL/d(ungated y_t). y_t
+# and h_{t+1} both read h_t, so g_t is the same recurrence, run from the end; the other gradients follow:
+#
+#     g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}          where w_t = delta_t x_t:
+#     dC_t = sum over d of dy_t h_t                        dB_t = sum over d of g_t w_t
+#     dw_t = sum over n of g_t B_t                         d(delta_t A) = g_t exp(delta_t A) h_{t-1}
 
-CHUNK = 16      # 8 to 32 take the same time here: fewer pay Python more, more outgrow the processor's cache
+CHUNK = 16      # 8 to 32 take the same time: below, Python's share grows; above, chunks outgrow the cache
 
 
 def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
     """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return C_t . h_t."""
     torch.mul((delta * x)[:, :, None], B[..., None], out=hs)         # the drives, made states one by one
-    if reset is not None:                                            # an endless step forgets everything
+    if reset is not None:       # for the decay, and not for the drive, such a step is endless: exp(-inf) = 0
         delta = delta.masked_fill(reset[..., None], torch.finfo(delta.dtype).max)
     torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
     for a, now in zip(decay.unbind(1), hs.unbind(1)):
@@ -156,12 +160,13 @@ def cut(now: slice, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class Chunked(torch.autograd.Function):
-    """In here d is the last dimension of A and of every state: long rows are quick to multiply."""
+    """In here A is (n, d) and states are (b, n, d): operations are fastest along a long last dimension."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h, reset):
         A, h, y, starts = A.T.contiguous(), h.mT.contiguous(), torch.empty_like(x), []
-        buffers = [h.new_empty(len(h), CHUNK, *h.shape[1:]) for _ in range(2)]  # reused: new memory is slow
+        # Two buffers (b, c, n, d) serve every chunk, as memory from the system is slow to touch first.
+        buffers = [h.new_empty(len(h), CHUNK, *h.shape[1:]) for _ in range(2)]
         for t in range(0, x.shape[1], CHUNK):
             now = slice(t, t + CHUNK)
             x_, dt_, B_, C_, z_, reset_ = cut(now, x, dt, B, C, z, reset)
@@ -174,7 +179,7 @@ class Chunked(torch.autograd.Function):
         return y, h.mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torch.autograd.function.once_differentiable                     # no second derivatives
     def backward(ctx, dy, dh):
         x, dt, A, B, C, D, z, dt_bias, reset, *starts = ctx.saved_tensors
         dx, d_dt, dB, dC, dz = (v if v is None else torch.empty_like(v) for v in (x, dt, B, C, z))
@@ -187,9 +192,9 @@ class Chunked(torch.autograd.Function):
             decay, hs, g = (v[:, :c] for v in buffers)
             y_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, starts[i], reset_)
             if z is not None:
-                y_, gate = torch.addcmul(y_, D, x_), z_.sigmoid()
+                y_, gate = torch.addcmul(y_, D, x_), z_.sigmoid()    # SiLU(z) = z gate
                 dz[:, now] = dy_ * y_ * gate * (1 + z_ * (1 - gate))
-                dy_ = dy_ * z_ * gate                                # from here on of the ungated y
+                dy_ = dy_ * z_ * gate                                # from here on that of the ungated y
             torch.mul(C_[..., None], dy_[:, :, None], out=g)         # (b, c, n, d): what y_t asks of h_t,
             g[:, -1] += dh                                           # and what later chunks ask of the last
             for t in reversed(range(c - 1)):
@@ -197,16 +202,16 @@ class Chunked(torch.autograd.Function):
             dh = decay[:, 0] * g[:, 0]                               # (b, n, d): for the chunk before
             dC[:, now] = (hs @ dy_[:, :, None].mT)[..., 0]
             dB[:, now] = (g @ (delta_ * x_)[:, :, None].mT)[..., 0]
-            du = (B_[:, :, None] @ g)[:, :, 0]                       # (b, c, d): of delta_t x_t
+            dw = (B_[:, :, None] @ g)[:, :, 0]                       # (b, c, d)
             g *= decay
             g[:, 0] *= starts[i]
-            g[:, 1:] *= hs[:, :-1]                                   # now dL/d(delta_t A)
+            g[:, 1:] *= hs[:, :-1]                                   # now d(delta_t A)
             # From here on `decay` is only a place to put products.
             dA += torch.mul(g, delta_[:, :, None], out=decay).sum((0, 1))
-            d_delta = torch.addcmul(torch.mul(g, A, out=decay).sum(2), du, x_)      # (b, c, d)
+            d_delta = torch.addcmul(torch.mul(g, A, out=decay).sum(2), dw, x_)      # (b, c, d)
             d_dt[:, now] = d_delta * torch.sigmoid(dt_ + dt_bias)
             dD += (dy_ * x_).sum((0, 1))
-            dx[:, now] = torch.addcmul(du * delta_, D, dy_)
+            dx[:, now] = torch.addcmul(dw * delta_, D, dy_)
         return dx, d_dt, dA.T, dB, dC, dD, dz, d_dt.sum((0, 1)), dh.mT, None
 
 
