@@ -1,7 +1,8 @@
 """Falcon-Mamba: the model and its checkpoint. Read scan.py first; sample.py and train.py come next.
 
 A language model that carries a state of fixed size from token to token, where a transformer carries a cache
-that grows with the text. Each of the 7B's sixty-four layers reads the residual stream and adds to it:
+that grows with the text. Each of the 7B's sixty-four layers reads the residual stream, a vector of d_model
+numbers for each token, and adds to it:
 
     x, z = in_proj(RMSNorm(stream))                 widen d_model to twice d_inner: a signal x and its gate z
     x = SiLU(conv(x))                               each channel sees its own last d_conv inputs
@@ -74,13 +75,17 @@ class MambaConfig:
             if f.name == "dt_rank" and self.dt_rank is None:
                 self.dt_rank = -(-self.d_model // 16)
             value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
-            low, high = (0, 2**31) if name.endswith("_id") else (1, 2**10 if f.name == "n_layer" else 2**20)
-            fits = {int: type(value) is int and low <= value <= high, bool: type(value) is bool,
-                    float: type(value) in (int, float) and 0 < value < 1}
-            kind = {int: f"a whole number from {low} to {high}", bool: "true or false",
-                    float: "a number between 0 and 1"}
-            if not fits[f.type]:
-                raise CheckpointError(f"{name} is {value!r:.50}, but must be {kind[f.type]}")
+            if f.type is bool:
+                fits, kind = type(value) is bool, "true or false"
+            elif f.type is float:
+                fits, kind = type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"
+            else:               # limits far beyond any model: a broken file shall not ask for all memory
+                low, high = 1, 2**10 if f.name == "n_layer" else 2**20
+                if name.endswith("_id"):
+                    low, high = 0, 2**31
+                fits, kind = type(value) is int and low <= value <= high, f"a whole number, {low} to {high}"
+            if not fits:
+                raise CheckpointError(f"{name} is {value!r:.50}, but must be {kind}")
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":
@@ -95,8 +100,8 @@ class MambaConfig:
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
         # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, 2 x 4096: the size is right.
-        if "d_inner" not in config and "expand" in raw:
-            whole = type(raw["expand"]) is type(config["d_model"]) is int       # if not, it is refused below
+        if "d_inner" not in config and "expand" in raw:         # a newer file; refused below if not a number
+            whole = type(raw["expand"]) is type(config["d_model"]) is int
             config["d_inner"] = raw["expand"] * config["d_model"] if whole else raw["expand"]
         if config.get("dt_rank") == "auto":
             del config["dt_rank"]
@@ -113,9 +118,9 @@ class MambaConfig:
 
 
 class State(NamedTuple):
-    """All that the model remembers of the text so far: 35 MB for the 7B, after one token or a million."""
+    """All that the model remembers of the text so far: 37 MB for the 7B, after one token or a million."""
     conv: list[Tensor]      # a layer: (b, k - 1, d), its convolution's last inputs, in the activations' dtype
-    ssm: list[Tensor]       # a layer: (b, d, n) fp32, as bf16 states are known to drift into gibberish
+    ssm: list[Tensor]       # a layer: (b, d, n), in fp32, as bf16 would lose what is small beside a state
 
 
 def rms_norm(v: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -130,7 +135,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, stream):
-        return rms_norm(stream, self.eps, self.weight).to(self.weight.dtype)    # the reference rounds twice
+        # Rounded once, here; the reference rounds before it multiplies by the weight, too.
+        return rms_norm(stream, self.eps, self.weight).to(self.weight.dtype)
 
 
 class Mixer(nn.Module):
@@ -144,26 +150,27 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
         self.dt_proj = nn.Linear(r, d)
-        self.A_log = nn.Parameter(torch.empty(d, n))
+        self.A_log = nn.Parameter(torch.empty(d, n))    # A = -exp(A_log) < 0, however training moves it
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, stream, past, h0, reset):
         """stream (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
         x, z = self.in_proj(stream).chunk(2, dim=-1)                        # (b, l, d), (b, l, d)
-        z = z.contiguous()                  # training keeps z, and with a view of it x, for the backward pass
+        z = z.contiguous()      # a copy in training: to keep a view for the backward would keep x's half too
         x, past = self.conv(x, past, reset)                                 # (b, l, d), (b, k - 1, d)
         dt, B, C = self.selection(x)                                        # (b, l, d), (b, l, n), (b, l, n)
         A = -torch.exp(self.A_log.float())                                  # (d, n)
-        # dt_proj's bias is added in the scan, in fp32: its time scales, 0.001 to 0.1, are too fine for bf16.
+        # dt_proj's bias is added in the scan, in fp32: near -7, a step of 0.001, bf16 would be 1 % off.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h0, reset)
         return self.out_proj(y), past, h
 
     def conv(self, x, past, reset):
         """SiLU of the causal convolution, as k shifted products, so that no tap reaches back past a reset.
 
-        `doc` numbers documents: with k = 3, reset = [0, 1, 0] gives doc = [0, 0 | 0, 1, 1], and 0 is the text
-        before. Token 1 sees only itself: its taps at tokens -1 and 0 have another number and count as zeros.
+        `doc` numbers documents, and a tap counts only where its token has the number of the token it serves.
+        With k = 3, reset = [0, 1, 0] gives doc = [0, 0 | 0, 1, 1], where 0 is the text before: token 1 sees
+        only itself, as its taps at tokens -1 and 0 have another number.
         """
         k, l = self.conv1d.kernel_size[0], x.shape[1]
         weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d), the present last
@@ -179,7 +186,7 @@ class Mixer(nn.Module):
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
         for i in range(k - 1):
             tap = window[:, i:i + l] * weight[i]                            # (b, l, d), of k - 1 - i ago
-            if reset is not None:                       # masked as a product, of which training keeps nothing
+            if reset is not None:           # autograd keeps a product's factors: masking it in place is free
                 tap.masked_fill_((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
             y += tap
         return F.silu(y).to(x.dtype), past
@@ -187,7 +194,7 @@ class Mixer(nn.Module):
     def selection(self, x):
         """dt, B and C of each token. The three weightless norms, all that is new in Falcon-Mamba, are here.
 
-        The reference's fused training kernel normalises dt after dt_proj, its evaluation before, as we do.
+        In evaluation the reference normalises dt here too, in its fused training kernel after dt_proj.
         """
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         dt, B, C = (rms_norm(v, self.eps) for v in (dt, B, C))              # (b, l, r), (b, l, n), (b, l, n)
@@ -242,7 +249,8 @@ class Mamba(nn.Module):
         So packed documents do not leak, and padding on the left is just another document before the prompt.
         Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
-        # For one row PyTorch's own bf16 product reads weights twice as fast as oneDNN's, for more no faster.
+        # On a CPU oneDNN multiplies bf16 matrices fast, but for a single row it reads weights half as fast as
+        # PyTorch's own product.
         mkldnn, before = torch.backends.mkldnn, torch.backends.mkldnn.enabled
         mkldnn.enabled = before and tokens.numel() > 1
         try:
@@ -294,7 +302,7 @@ class Mamba(nn.Module):
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
-            # With `replace` memory is short: a copy lets go of the mapped file, whose pages count once read.
+            # `replace` is used where memory is short: once copied, a tensor's part of the mapped file can go.
             value = stored.pop(name).to(device, torch.float32 if exact else dtype, copy=replace is not None)
             setattr(module, leaf, nn.Parameter(value))
             if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
@@ -320,8 +328,9 @@ class Mamba(nn.Module):
             files = sorted(path.name for path in new.glob("model*"))
             for name in files:                             # safetensors hides its files from other users
                 shutil.copymode(new / "config.json", new / name)
-            # Several files cannot change in one move. While they do, no config.json says that this is a
-            # checkpoint, and the old ones wait aside, to come back if a move fails.
+            # All is written, but several files cannot change in one move. The old ones go aside, config.json
+            # first, and the new ones come, config.json last: in between nothing here passes for a checkpoint.
+            # If a move fails, those before it are undone.
             old = [name for name in ["config.json"] if (folder / name).exists()]
             old += sorted(path.name for path in folder.glob("model*.safetensors*"))
             moves = [(folder / name, kept / name) for name in old]
@@ -333,7 +342,7 @@ class Mamba(nn.Module):
                 for source, target in moves:
                     os.replace(source, target)
                     undo.callback(os.replace, target, source)
-                undo.pop_all()                             # all went well
+                undo.pop_all()                             # all went well: forget how to undo it
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
@@ -348,12 +357,12 @@ def initialize(model: Mamba) -> None:
         if name.endswith("A_log"):
             p.copy_(torch.arange(1.0, config.d_state + 1).log().expand_as(p))
         elif name.endswith("dt_proj.bias"):
-            step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+            step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
             p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
         elif name.endswith("dt_proj.weight"):
             nn.init.uniform_(p, -config.dt_rank**-0.5, config.dt_rank**-0.5)
         elif name.endswith(("conv1d.weight", "out_proj.weight")):
-            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5))                 # as PyTorch does by default
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
         elif p.dim() == 2:      # in_proj, x_proj, the embeddings and lm_head
