@@ -4,8 +4,8 @@
     python sample.py --prompt "Hello today" --temperature 0   the published 7B: 15 GB to download and to hold
 
 Reading and writing are the same call, model(tokens, state), with many tokens or with one. The state has a
-fixed size, so the millionth token costs what the first did, and a file of it is the whole cache of a prompt,
-however long. The text goes to standard output, everything else to standard error.
+fixed size, so the millionth token costs what the first did, and a file of it keeps all that the model knows
+of a prompt, however long. The text goes to standard output, everything else to standard error.
 """
 import argparse
 import os
@@ -39,19 +39,19 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     Temperature 0 takes the likeliest token. Otherwise one is drawn from softmax(logits / temperature), from
     the top_k likeliest and from the smallest set of them that holds top_p of the probability. A row that has
     yielded `stop` goes on yielding it; when all have, generation ends. reset (b, l) is as in Mamba.forward:
-    padding on the left is a document. The generator returns the state after all tokens but the last.
-    ValueError if there is no token to read, or if the logits are not finite.
+    padding on the left is a document. What the generator returns, the value of its StopIteration, is the
+    state after all tokens but the last. ValueError if there is no token to read, or if logits are not finite.
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    last = tokens.shape[1] - 1
+    last = tokens.shape[1] - 1      # which the loop below reads, as it then reads each new token
     for i in range(0, last, PIECE):
         now = slice(i, min(i + PIECE, last))
         _, state = model(tokens[:, now], state, None if reset is None else reset[:, now], last_only=True)
-    token, starts = tokens[:, -1], reset[:, -1:] if reset is not None and reset[:, -1].any() else None
+    token, starts = tokens[:, -1], None if reset is None else reset[:, -1:]         # (b,), (b, 1)
     done, step = torch.zeros_like(token, dtype=torch.bool), model
     for i in range(max_new_tokens):
-        if i == 1 and tokens.is_cuda:
+        if i == 1 and tokens.is_cuda:       # from the second step on all are alike, and one recording serves
             step = replayed(model, state)
         logits, state = step(token[:, None], state, starts)
         token, starts = choose(logits[:, 0], temperature, top_k, top_p, generator), None
@@ -65,10 +65,11 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
 
 
 def replayed(model: Mamba, state: State):
-    """model(token, state, None) for one token a row, captured in a CUDA graph: one launch, not a thousand.
+    """model(token, state, None) for one token a row, as a CUDA graph: one launch, not a thousand.
 
-    Token and state live in buffers that each replay reads and overwrites, so the state that is passed in
-    counts only here. We have not run this on a GPU yet.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with. So token and
+    state live in buffers that each replay reads and overwrites, and step() takes no notice of the state that
+    it is given. We have not run this on a GPU yet.
     """
     state = State(*([v.clone() for v in part] for part in state))
     token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device=state.ssm[0].device)
@@ -102,20 +103,20 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     order = None
     if top_k is not None or top_p is not None:                # (b, k) from here on, the likeliest first
         logits, order = logits.topk(min(top_k or 2**31, logits.shape[-1]))
-    # A throw on a line from 0 to 1, where each token's piece is as long as its probability. It costs a tenth
-    # of torch.multinomial, which draws a random number for every token.
-    ends = logits.softmax(-1).cumsum(-1)                      # where each piece ends
-    last = ends[:, -1:]                                       # (b, 1): 1, but for rounding
+    # Inverse transform sampling: a uniform number falls into one token's piece of the summed distribution. It
+    # takes one random number; torch.multinomial draws one for every token, and takes several times as long.
+    ends = logits.softmax(-1).cumsum(-1)                      # where each token's piece ends
+    total = ends[:, -1:]                                      # (b, 1): 1, but for rounding
     if top_p is not None:
-        last = ends.gather(-1, torch.searchsorted(ends, last * top_p))
-    throw = last * torch.rand(last.shape, generator=generator, device=last.device)      # always < last
-    drawn = torch.searchsorted(ends, throw, right=True)       # (b, 1)
+        total = ends.gather(-1, torch.searchsorted(ends, total * top_p))
+    uniform = total * torch.rand(total.shape, generator=generator, device=total.device)     # always < total
+    drawn = torch.searchsorted(ends, uniform, right=True)     # (b, 1)
     return (drawn if order is None else order.gather(-1, drawn))[:, 0]
 
 
 @contextmanager
 def new_file(path: Path):
-    """A file to write, which takes its name when the block ends well, and else leaves no trace."""
+    """A file to write beside `path`, which becomes `path` if the block ends well and is deleted if not."""
     new = path.with_name(path.name + ".partial")
     try:
         with new.open("wb") as file:
@@ -207,7 +208,7 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 
 def nf4(device: torch.device):
-    """What turns a linear layer into one of 4-bit "normal floats" (QLoRA, arXiv 2305.14314)."""
+    """A function from a linear layer to the same one in 4-bit "normal floats" (QLoRA, arXiv 2305.14314)."""
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -225,7 +226,8 @@ def nf4(device: torch.device):
 def compile_blocks() -> None:
     """Let torch.compile fuse what a block does to one token: once, for all layers. Prompts run as before.
 
-    Every token of a run has the same shapes, so none is checked for whether the compiled code still fits.
+    The compiled code takes a block's weights as arguments, so one serves all. Before each call it would check
+    that shapes and types are still those it was made for; in one run they are, and the check is left out.
     """
     unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     eager, fused = Block.forward, torch.compile(Block.forward, dynamic=False, options=unchecked)
@@ -259,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [encode(tokenizer, prompt) for prompt in prompts]
     if args.load_state:
         state, last = load_state(args.load_state, model, args.device)
-        state = State(*([v.repeat(args.num_samples, 1, 1) for v in part] for part in state))
+        state = State(*([v.repeat(args.num_samples, 1, 1) for v in part] for part in state))    # a row each
         rows[0].insert(0, last)
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
@@ -273,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     prompts, rows = prompts * args.num_samples, rows * args.num_samples
     padding = torch.tensor([[max(map(len, rows)) - len(row)] for row in rows], device=args.device)
     tokens = torch.tensor([[0] * int(pad) + row for pad, row in zip(padding, rows)], device=args.device)
-    if padding.any():           # each prompt is a document, and does not see the padding on its left
+    if padding.any():           # each prompt is a document, and so is the padding on its left
         reset = torch.arange(tokens.shape[1], device=args.device) == padding
     stop = tokenizer.token_to_id("<|endoftext|>")
     stop = model.config.eos_token_id if stop is None else stop
@@ -281,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
                      torch.Generator(args.device).manual_seed(args.seed), state, reset)
     state, made, times = write(steps, tokenizer, prompts, stop)
 
-    if args.save_state:
+    if args.save_state:         # with the last token, which the state has not read
         save_state(args.save_state, state or model.blank_state(1), made[0][-1] if made[0] else rows[0][-1])
     if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
         weights -= sum(p.numel() * p.element_size() for p in model.backbone.embeddings.parameters())
@@ -303,7 +305,7 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str],
     decoders, texts = [DecodeStream() for _ in prompts], list(prompts)
     made, times, shown = [[] for _ in prompts], [time.perf_counter()], 0
     while True:
-        try:
+        try:                    # no for loop, as that would lose what the generator returns
             row_tokens = next(steps).tolist()
         except StopIteration as end:
             print("\n".join([texts[0][shown:], *texts[1:]]))
@@ -350,7 +352,7 @@ def out_of_memory(e: RuntimeError) -> bool:
 
 @contextmanager
 def plainly(program: str, remedy: str):
-    """End the program with one sentence where its user, and not its author, can help."""
+    """A decorator: what a user can help ends the program in one sentence, a fault of ours in a traceback."""
     try:
         yield
     except RuntimeError as e:
