@@ -54,10 +54,11 @@ RUNS = {
         "torchrun --nproc-per-node 2 train.py --recipe continue --data my.bin --micro-batch 1 "
         f"--checkpoint-activations --init-from out --out continued {SHORT}",
     "torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint host:29500 train.py "
-    "--recipe falcon-mamba-7b --data refinedweb=web.bin --data finewebedu=edu.bin "
+    "--recipe falcon-mamba-7b --tokenizer tokenizer.json --data refinedweb=web.bin --data finewebedu=edu.bin "
     "--data technical=technical.bin --data code=code.bin --data math=math.bin --resume":
         "torchrun --nnodes 1 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 train.py "
-        "--recipe falcon-mamba-7b --data refinedweb=web.bin --data finewebedu=edu.bin "
+        "--recipe falcon-mamba-7b --tokenizer out/tokenizer.json --data refinedweb=web.bin "
+        "--data finewebedu=edu.bin "
         "--data technical=technical.bin --data code=code.bin --data math=math.bin "
         f"--resume --out whole {TINY}",
 }
