@@ -36,7 +36,6 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -50,9 +49,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -377,11 +376,6 @@ def over_ranks(*numbers: float) -> list[float]:
     return total.tolist()
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank may hold a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
@@ -428,9 +422,8 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
-        self.sources, self.step, self.tokens, self.group = sources, 0, 0, None
-        self.saving = Future()                  # of the last checkpoint; there is none to wait for
-        self.saving.set_result(None)
+        self.sources, self.step, self.tokens = sources, 0, 0
+        self.saving = self.group = None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
             scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
@@ -484,7 +477,8 @@ class Trainer:
             loss = self.loss(rows)
             (loss * self.world / count).backward()        # FSDP takes the mean over ranks
             losses.append(loss.detach())        # read below: to read it here would let a GPU wait for us
-        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        norm = (norm.full_tensor() if dist.is_initialized() else norm).item()
         loss = over_ranks(sum(loss.item() for loss in losses))[0] / count
         self.step, self.tokens = self.step + 1, self.tokens + count
         if not math.isfinite(loss + norm):
@@ -511,29 +505,24 @@ class Trainer:
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
         return losses
 
-    def state(self) -> dict[str, Tensor]:
-        """All that steps change, by name: the weights and Adam's two averages."""
-        state = {}
-        for name, p in self.model.named_parameters():
-            averages = self.adam.state[p]
-            if not averages:                    # before the first step
-                averages |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            state |= {f"weight.{name}": p.detach(), f"exp_avg.{name}": averages["exp_avg"],
-                      f"exp_avg_sq.{name}": averages["exp_avg_sq"]}
-        return state
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that steps change: the weights, and Adam's two averages, which are 0 before the first step."""
+        weights, adam = get_state_dict(self.model, self.adam)
+        averages = {kind: {name: of[kind] for name, of in adam["state"].items()}
+                    for kind in ("exp_avg", "exp_avg_sq")}
+        return {"weight": weights, **averages}
 
     def save(self) -> None:
         """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
-        self.saving.result()        # of the checkpoint before this one: it is written, or this raises why not
+        if self.saving:
+            self.saving.result()    # the checkpoint before this one is written, or this raises why not
         about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
         writer = Writer(self.args.out, about, self.args.keep)
         self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
-        weights = {}
-        for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
-            p = gathered(p.detach())
-            if self.rank == 0:
-                weights[name] = p.cpu().clone()             # what is gathered is part of a larger buffer
-        if self.rank == 0:
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
+        if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
+            weights = {name: gathered[name].clone() for name, _ in self.model.named_parameters()}
             with sample.new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
@@ -585,7 +574,8 @@ class Trainer:
                         file.write(json.dumps(row) + "\n")
                 if self.step % args.checkpoint_every == 0 or end or stop:
                     self.save()
-        self.saving.result()
+        if self.saving:
+            self.saving.result()
         return self.tokens >= self.recipe.total_tokens
 
 
@@ -613,21 +603,6 @@ def flops_per_token(config: MambaConfig) -> float:
     return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
 
 
-def kept_by_a_block(model: Mamba) -> float:
-    """Bytes a token that a block of this model, on the meta device, keeps for its backward pass."""
-    block, (past, h0) = model.backbone.layers[0], (part[0] for part in model.blank_state(1))
-    kept, length = {}, 256
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stream = torch.empty(1, length, model.config.d_model, requires_grad=True)
-        block(stream, past, h0, torch.empty(1, length, dtype=torch.bool))
-    weights = {p.untyped_storage()._cdata for p in block.parameters()}
-    return sum(v.untyped_storage().nbytes() for key, v in kept.items() if key not in weights) / length
-
-
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on one of `world` GPUs, by part; and bytes a token of the rows it runs at a time."""
     with torch.device("meta"):
@@ -641,7 +616,10 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[st
     if world > 1:
         fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
                   "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4)}
-    kept = kept_by_a_block(model)
+    # What a block keeps of a token: its stream, normed stream and that in dtype; six fp32 tensors as wide as
+    # the scan, and each sixteenth state; dt, B and C before their norms, and after.
+    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    kept = (8 + dtype.itemsize) * m + (24 + n / 4) * d + (4 + dtype.itemsize) * r + 16 * n
     return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
 
 
