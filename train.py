@@ -107,10 +107,10 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
 
 
 def learning_rate(recipe: Recipe, tokens: int) -> float:
-    """Warmup, stable, decay. While the batch ramps, lr / sqrt(batch) is constant, and so is the noise of
-    Adam's steps, which goes with it ("BatchScaling")."""
+    """Warmup, stable, decay, and BatchScaling while the batch ramps."""
     warm = min(tokens / recipe.warmup_tokens, 1) if recipe.warmup_tokens else 1
     since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
+    # lr / sqrt(batch), with which the noise of Adam's steps goes, stays the same.
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
     return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
 
@@ -514,7 +514,7 @@ class Trainer:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
         if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
-            weights = {name: gathered[name].clone() for name, _ in self.model.named_parameters()}
+            weights = {name: gathered.pop(name).clone() for name, _ in self.model.named_parameters()}
             with sample.new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
