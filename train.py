@@ -9,11 +9,7 @@
     torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --checkpoint-activations
     python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on your texts
 
-The recipe (report, arXiv 2410.05355, section 3; what it does not give is marked as our choice):
-  - the learning rate warms up, stays, and in the last part of the run decays exponentially to 1/256 of it;
-  - the batch grows linearly at first, and the learning rate follows its square root ("BatchScaling"): Adam's
-    steps are then equally noisy throughout, as their noise goes with lr / sqrt(batch);
-  - context and sources change in stages; documents are packed end to end, and none sees another.
+The recipe is that of the report, arXiv 2410.05355, section 3; what it does not give is marked as our choice.
 All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the
 number of GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss
 curve. The engine is PyTorch's own: torchrun starts the processes, fully_shard (ZeRO) divides weights,
@@ -36,7 +32,6 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -50,9 +45,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -112,9 +107,10 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
 
 
 def learning_rate(recipe: Recipe, tokens: int) -> float:
-    """Warmup, stable, decay, and BatchScaling: lr / sqrt(batch) is constant while the batch ramps."""
+    """Warmup, stable, decay, and BatchScaling while the batch ramps."""
     warm = min(tokens / recipe.warmup_tokens, 1) if recipe.warmup_tokens else 1
     since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
+    # lr / sqrt(batch), with which the noise of Adam's steps goes, stays the same.
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
     return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
 
@@ -211,10 +207,11 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
         shares |= {name: share} if share else {}
     paths = paths or {"text": standard_library()}
     shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
-    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
     if shares.keys() == paths.keys():
-        recipe = replace(recipe, mixture=(" ".join(f"{name}:{share}" for name, share in shares.items()),))
-    elif shares or wanted != paths.keys():
+        given = " ".join(f"{name}:{share}" for name, share in shares.items())
+        return paths, replace(recipe, mixture=(given,))
+    wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
+    if shares or wanted != paths.keys():
         raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
                          "name the same, or give each a share as name=path:share")
     return paths, recipe
@@ -228,16 +225,15 @@ def order(n: int, *key: int) -> np.ndarray:
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 2**60) -> Iterator:
     """Arrays of the files' tokens, END after each file, in an order the seed fixes, until it is enough."""
-    files = []
-    for path in paths:          # in a folder lie pipes and dangling links too
-        files += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    # A path that is a file holds no others. In a folder lie other folders, pipes and dangling links too.
+    files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
     for i in order(len(files), seed):
         try:
             with files[i].open(encoding="utf-8") as file:
                 while lines := file.readlines(2**20):
-                    pieces = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)
-                    yield np.array(pieces[0].ids, np.uint32)
-                    enough -= len(pieces[0].ids)
+                    text = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)[0]
+                    yield np.array(text.ids, np.uint32)
+                    enough -= len(text.ids)
                     if enough < 0:
                         return
             yield np.array([tokenizer.token_to_id(END)], np.uint32)
@@ -260,16 +256,15 @@ class Source:
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
         self.bin = paths[0] if paths[0].suffix == ".bin" else None
-        if self.bin and len(paths) > 1:
-            raise ValueError(f"{name} has {len(paths)} paths, but a .bin is a source of its own; name each")
         if self.bin:
-            if (size := self.bin.stat().st_size) % 2 or not size:
-                raise ValueError(f"{self.bin} has {size} bytes, but a .bin of tokens has two for each")
+            size = self.bin.stat().st_size
+            if len(paths) > 1 or size % 2 or not size:
+                raise ValueError(f"{name} is {len(paths)} paths, the first a .bin of {size} bytes; a .bin is "
+                                 "a source of its own, with two bytes for each token")
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
             enough = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
-            parts = tokenized(paths, tokenizer, recipe.seed, enough)
-            tokens = np.concatenate([np.zeros(0, np.uint32), *parts])
+            tokens = np.concatenate([*tokenized(paths, tokenizer, recipe.seed, enough)] or [np.zeros(0)])
         self.size = len(tokens)
         cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
@@ -315,9 +310,8 @@ def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int
     return sources[name].row("training", k, length)
 
 
-def rerun(function, *args):
-    """function(*args), of which only args are kept: the backward pass runs it again."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+# checkpoint(function, *args) keeps only args: the backward pass runs the function again.
+rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Objective(nn.Module):
@@ -369,22 +363,17 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
-def over_ranks(*numbers: float) -> list[float]:
-    """Their sums over all ranks."""
-    total = torch.tensor(numbers, dtype=torch.float64)
+def over_ranks(number: float) -> float:
+    """Its sum over all ranks."""
+    total = torch.tensor(number, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return total.tolist()
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank may hold a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return total.item()
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
-    return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return sorted((out / "checkpoints").glob("step-*[0-9]"))
 
 
 def prepare(out: Path, steps: int) -> None:
@@ -404,9 +393,8 @@ def prepare(out: Path, steps: int) -> None:
 class Writer(dcp.HuggingFaceStorageWriter):
     """Writes beside out/checkpoints/step-N; when all ranks have written, the checkpoint gets its name.
 
-    PyTorch describes a checkpoint in a pickle by default, and reading a pickle can run any code. This writer
-    needs none: each rank's safetensors say in JSON which part of each tensor they hold, for any number of
-    ranks to read. Ranks on several machines need an `out` on a disk that they share.
+    By default PyTorch describes a checkpoint in a pickle, and reading a pickle can run any code. Here each
+    rank's safetensors say in JSON which part of each tensor they hold, for any number of ranks to read.
     """
 
     def __init__(self, out: Path, about: dict, keep: int):
@@ -428,9 +416,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
-        self.sources, self.step, self.tokens, self.group = sources, 0, 0, None
-        self.saving = Future()                  # of the last checkpoint; there is none to wait for
-        self.saving.set_result(None)
+        self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
             scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
@@ -446,7 +432,7 @@ class Trainer:
             self.group = dist.new_group(backend="gloo")     # for the thread that writes checkpoints
         model.to(args.device)
         self.adam = optimizer(model, recipe)
-        # What a checkpoint and the run that goes on from it must agree on.
+        # What a checkpoint and the run that goes on from it must agree on, as JSON gives it back.
         self.settings = json.loads(json.dumps(asdict(recipe) | asdict(model.config) | {
             "vocabulary": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
             "data": {name: source.size for name, source in sources.items()}}))
@@ -457,20 +443,19 @@ class Trainer:
         All ranks make as many passes of as many rows: rows of -100 fill the last ones up, so that any batch
         fits any number of ranks.
         """
-        rows = [row(i).astype(np.int64) for i in range(self.rank, count, self.world)]
-        if len(rows) < math.ceil(count / self.world):
-            rows.append(np.full_like(row(0), -100, np.int64))
+        mine = range(self.rank, self.world * math.ceil(count / self.world), self.world)
+        rows = [row(i).astype(np.int64) if i < count else np.full_like(row(0), -100, np.int64) for i in mine]
         return np.array_split(rows, math.ceil(len(rows) / self.args.micro_batch))
 
     def loss(self, rows: np.ndarray) -> Tensor:
         """The loss in nats, summed over these rows; a token of -100 counts for nothing."""
-        rows = torch.from_numpy(rows)                                                   # (b, l + 1)
         if rows.max() >= self.model.config.vocab_size:
             raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
                              f"{self.model.config.vocab_size}: another tokenizer made it")
+        rows = torch.from_numpy(rows).to(self.args.device)                              # (b, l + 1)
         tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]                        # (b, l), (b, l)
         starts = F.pad(tokens[:, :-1] == self.tokenizer.token_to_id(END), (1, 0), value=True)
-        return self.objective(*(v.to(self.args.device) for v in (tokens, targets, starts)))
+        return self.objective(tokens, targets, starts)
 
     def update(self) -> dict:
         """One step. Returns its figures, which are over all ranks."""
@@ -484,8 +469,9 @@ class Trainer:
             loss = self.loss(rows)
             (loss * self.world / count).backward()        # FSDP takes the mean over ranks
             losses.append(loss.detach())        # read below: to read it here would let a GPU wait for us
-        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)).item()
-        loss = over_ranks(sum(loss.item() for loss in losses))[0] / count
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        norm = (norm.full_tensor() if dist.is_initialized() else norm).item()
+        loss = over_ranks(sum(loss.item() for loss in losses)) / count
         self.step, self.tokens = self.step + 1, self.tokens + count
         if not math.isfinite(loss + norm):
             raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
@@ -507,33 +493,28 @@ class Trainer:
                 nats += self.loss(rows).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
-            nats, size = over_ranks(nats, size)
+            nats, size = over_ranks(nats), over_ranks(size)
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
         return losses
 
-    def state(self) -> dict[str, Tensor]:
-        """All that steps change, by name: the weights and Adam's two averages."""
-        state = {}
-        for name, p in self.model.named_parameters():
-            averages = self.adam.state[p]
-            if not averages:                    # before the first step
-                averages |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            state |= {f"weight.{name}": p.detach(), f"exp_avg.{name}": averages["exp_avg"],
-                      f"exp_avg_sq.{name}": averages["exp_avg_sq"]}
-        return state
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that steps change: the weights, and Adam's two averages, which are 0 before the first step."""
+        weights, adam = get_state_dict(self.model, self.adam)
+        averages = {kind: {name: of[kind] for name, of in adam["state"].items()}
+                    for kind in ("exp_avg", "exp_avg_sq")}
+        return {"weight": weights, **averages}
 
     def save(self) -> None:
         """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
-        self.saving.result()        # of the checkpoint before this one: it is written, or this raises why not
+        if self.saving:
+            self.saving.result()        # the checkpoint before this one is written, or this raises why not
         about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
         writer = Writer(self.args.out, about, self.args.keep)
         self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
-        weights = {}
-        for name, p in self.model.named_parameters():       # all ranks help to gather, rank 0 keeps
-            p = gathered(p.detach())
-            if self.rank == 0:
-                weights[name] = p.cpu().clone()             # what is gathered is part of a larger buffer
-        if self.rank == 0:
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
+        if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
+            weights = {name: gathered.pop(name).clone() for name, _ in self.model.named_parameters()}
             with sample.new_file(self.args.out / "tokenizer.json") as file:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
@@ -556,20 +537,21 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
-        args, metrics, stopping, stop = self.args, self.args.out / "metrics.jsonl", [], False
+        args, total, signals, stop = self.args, self.recipe.total_tokens, [], False
 
         def on_signal(number, frame):
-            stopping.append(number)
+            signals.append(number)
             signal.signal(number, signal.SIG_DFL)           # a second one does not wait
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
-        with tqdm(total=self.recipe.total_tokens, initial=self.tokens, unit="tok", unit_scale=True,
-                  disable=self.rank > 0 or not sys.stderr.isatty()) as bar:
-            while self.tokens < self.recipe.total_tokens and not stop:
+        with tqdm(total=total, initial=self.tokens, unit="tok", unit_scale=True,
+                  disable=self.rank > 0 or None) as bar:    # None: only a terminal has one
+            while self.tokens < total and not stop:
                 row = self.update()
-                stop, end = over_ranks(len(stopping))[0] > 0, self.tokens >= self.recipe.total_tokens
+                bar.update(self.tokens - bar.n)
+                stop, end = over_ranks(len(signals)) > 0, self.tokens >= total
                 line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
                         "batch {batch_size} | {tokens_per_s:.0f} tok/s").format(**row)
                 if peak:
@@ -579,14 +561,14 @@ class Trainer:
                     line += "".join(f" | held-out {name} {nats:.4f}" for name, nats in losses.items())
                     row["held_out"] = losses
                 tqdm.write(line)
-                bar.update(row["batch_size"] * row["context"])
                 if self.rank == 0:
-                    with metrics.open("a") as file:
+                    with (args.out / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")
                 if self.step % args.checkpoint_every == 0 or end or stop:
                     self.save()
-        self.saving.result()
-        return self.tokens >= self.recipe.total_tokens
+        if self.saving:
+            self.saving.result()
+        return self.tokens >= total
 
 
 def picture(path: Path, x: list, panels: dict[str, list]) -> None:
@@ -613,36 +595,25 @@ def flops_per_token(config: MambaConfig) -> float:
     return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
 
 
-def kept_by_a_block(model: Mamba) -> float:
-    """Bytes a token that a block of this model, on the meta device, keeps for its backward pass."""
-    block, (past, h0) = model.backbone.layers[0], (part[0] for part in model.blank_state(1))
-    kept, length = {}, 256
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stream = torch.empty(1, length, model.config.d_model, requires_grad=True)
-        block(stream, past, h0, torch.empty(1, length, dtype=torch.bool))
-    weights = {p.untyped_storage()._cdata for p in block.parameters()}
-    return sum(v.untyped_storage().nbytes() for key, v in kept.items() if key not in weights) / length
-
-
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on one of `world` GPUs, by part; and bytes a token of the rows it runs at a time."""
     with torch.device("meta"):
-        model = Mamba(config).to(dtype)
-    block = sum(p.numel() for p in model.backbone.layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - config.n_layer * block
+        model = Mamba(config)
+    block, whole = (sum(p.numel() for p in v.parameters()) for v in (model.backbone.layers[0], model))
+    root = whole - config.n_layer * block
     # FSDP deals out rows of each tensor; rank 0 has the most.
     mine = sum(math.ceil(len(p) / world) * p.numel() // len(p) for p in model.parameters())
     fixed = {"weights": 4 * mine, "gradients": 4 * mine, "Adam's two averages": 8 * mine,
              "logits of 1024 tokens, with gradients": 12 * 1024 * config.vocab_size}
     if world > 1:
         fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
-                  "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4)}
-    kept = kept_by_a_block(model)
-    return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * config.d_model + kept}
+                  "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4),
+                  "whole gradients, where a step takes several passes": 4 * whole}
+    # What a block keeps of a token: its stream, normed stream and that in dtype; six fp32 tensors as wide as
+    # the scan, and each sixteenth state; dt, B and C before their norms, and after.
+    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    kept = (8 + dtype.itemsize) * m + (24 + n / 4) * d + (4 + dtype.itemsize) * r + 16 * n
+    return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * m + kept}
 
 
 def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
@@ -668,15 +639,13 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
           "memory of each GPU in GB, with fp32 weights and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
-    together, whole = sum(fixed.values()), memory(config, 1, torch.bfloat16)[0]["gradients"]
-    for name, size in [*fixed.items(), ("together", together),
-                       ("and, if a step takes several passes, whole gradients", whole)]:
+    fixed["together"] = used = sum(fixed.values())
+    for name, size in fixed.items():
         print(f"  {name:54}{size / 1e9:8.2f}")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
-            one, more = (int(max(80e9 - used, 0) // (row * length)) for used in (together, together + whole))
             print(f"  context {length} {name:>7} --checkpoint-activations{row * length / 1e9:7.2f} GB a row; "
-                  f"80 GB hold --micro-batch {one}, in several passes {more}")
+                  f"80 GB hold --micro-batch {max(80e9 - used, 0) // (row * length):.0f}")
     args.out.mkdir(parents=True, exist_ok=True)
     x = [recipe.total_tokens * i // 1000 for i in range(1001)]
     picture(args.out / "plan.png", x, {f.__name__.replace("_", " "): [f(recipe, t) for t in x]
@@ -685,10 +654,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
 
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     paths, recipe = named_data(args.data, recipe)
-    source = recipe.init_from or (args.out if args.eval_only else None)
-    folder = find(source) if source else None
-    tokenizer = open_tokenizer(args.tokenizer or (folder / "tokenizer.json" if folder else None))
-    vocabulary, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
+    folder = find(recipe.init_from or args.out) if recipe.init_from or args.eval_only else None
+    tokenizer = open_tokenizer(args.tokenizer or (folder and folder / "tokenizer.json"))
     if args.tokenize_to:
         return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
     done = [] if args.eval_only else checkpoints(args.out)
@@ -696,13 +663,14 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
                          "another --out begins a new one")
     torch.manual_seed(recipe.seed)
+    size, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
     if folder:      # to look at a model its own dtype will do; to train or divide it, all weights are fp32
         dtype = None if args.eval_only and not dist.is_initialized() else torch.float32
         model = Mamba.from_pretrained(folder, "cpu", dtype)
     else:
-        model = Mamba(MambaConfig(**{"vocab_size": vocabulary, "eos_token_id": end} | sizes))
-    if vocabulary > model.config.vocab_size:
-        raise ValueError(f"{args.tokenizer or 'the tokenizer'} has {vocabulary} tokens, but the model only "
+        model = Mamba(MambaConfig(**{"vocab_size": size, "eos_token_id": end} | sizes))
+    if size > model.config.vocab_size:
+        raise ValueError(f"{args.tokenizer or 'the tokenizer'} has {size} tokens, but the model only "
                          f"{model.config.vocab_size}; give the tokenizer that belongs to it")
     sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
     trainer = Trainer(args, recipe, model, tokenizer, sources)
@@ -772,10 +740,8 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     for cls, title in (Recipe, "the recipe"), (MambaConfig, "the sizes of a fresh model"):
         group = parser.add_argument_group(title, "with the defaults of --recipe tiny")
         for f in fields(cls):
-            kind = {"type": value(f.type, *f.metadata.get("range", ()))}
-            if f.type is bool:
-                kind = {"action": switch}
-            default = SIZES["tiny"].get(f.name, f.default)
+            bounds, default = f.metadata.get("range", ()), SIZES["tiny"].get(f.name, f.default)
+            kind = {"action": switch} if f.type is bool else {"type": value(f.type, *bounds)}
             shown = ",".join(map(str, default)) if type(default) is tuple else default
             about = f.metadata.get("help", "") + (f" (default {shown})" if shown not in ("", None) else "")
             group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
@@ -791,9 +757,9 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
 
 @sample.plainly("train.py", "a smaller --micro-batch")
 def main() -> None:
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # a state, which we drop
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")              # as it is on one CPU
-    logging.getLogger().setLevel(logging.ERROR)     # below that, dcp logs a traceback of what it also raises
+    # A view, of a state that we drop; torch.distributed, as it is on one CPU; a traceback of what dcp raises.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
+    logging.getLogger().setLevel(logging.ERROR)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
