@@ -37,7 +37,7 @@ STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjo
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
-ENDLESS = tl.constexpr(1e30)                  # the step on which a document starts: it forgets everything
+ENDLESS = 1e30       # the length of the step on which a document starts: it forgets everything
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # one compilation serves them all
 
 
@@ -76,63 +76,65 @@ def load_steps(ptr, at, left, d: tl.constexpr, other: tl.constexpr, STEPS: tl.co
 
 
 @triton.jit
-def begin(A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr,
+def begin(l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, width: tl.constexpr,
           CHANNELS: tl.constexpr):
-    # A program takes CHANNELS channels, c, through steps first to end - 1 of one sequence, in one of the
-    # chunks after step `since`. States lie tile by tile, (b, chunks, tiles, N, CHANNELS), padded; this
-    # program's are at `state`. Offsets are int64: b * l * d passes 2^31.
-    tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
-    p, i, n = tl.program_id(0), tl.arange(0, CHANNELS), tl.arange(0, N)
-    c = p % tiles * CHANNELS + i
-    seq, first = (p // tiles // chunks).to(tl.int64), since + p // tiles % chunks * chunk
+    # Each sequence has `chunks` chunks of `chunk` steps, from step `since` on. A program takes CHANNELS
+    # channels, c, through one chunk, the k-th of all sequences': steps first to end - 1 of sequence seq.
+    # k and seq are int64, and so is every offset made from them: b * l * d passes 2^31.
+    tiles: tl.constexpr = width // CHANNELS
+    k = (tl.program_id(0) // tiles).to(tl.int64)
+    c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    first = since + (k % chunks).to(tl.int32) * chunk
     end = tl.minimum(first + chunk, l)
     until = tl.where(c < d, end, 0)                                        # where a channel's steps end
-    tile = n[:, None] * CHANNELS + i[None, :]                              # (N, CHANNELS)
-    state = p.to(tl.int64) * N * CHANNELS + tile                           # (N, CHANNELS)
-    A = tl.load(A_ptr + p % tiles * N * CHANNELS + tile)                   # (N, CHANNELS), times log2(e)
-    return c, n, seq, first, end, until, tile, state, A, tl.load(D_ptr + c), tl.load(bias_ptr + c)
+    tile = tl.arange(0, N)[:, None] * width + c[None, :]                   # (N, CHANNELS) of an (N, width)
+    return k, k // chunks, c, first, end, until, tile
 
 
+# Arguments of both big kernels. x_ptr, dt_ptr, z_ptr (None: no gate) and dy_ptr are rows (b, l, d). The other
+# inputs are fp32, with 0 where they are padded: A (N, width) log2(e), D and bias (width,), and, to whole blocks
+# of steps, B and C (b, l, N) and reset (b, l): ENDLESS where a document starts; None: nowhere.
+#
 # A thread a channel: that is the compiler's choice where it does not know these pointers to be aligned. If it
 # knew, it would load four channels a thread and spread each channel's states over four threads.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr,
-                dy_ptr,                # (b, l, d): the backward, which begins with this walk too; else None
-                enter_ptr,             # (b, chunks) tiles: what enters each chunk; None: zero
+                dy_ptr,                # the backward, which begins with this walk too; else None
+                enter_ptr,             # (b, chunks, N, width): what enters each chunk; None: zero
                 y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
-                kept_ptr,              # (chunk / keep, b, chunks) tiles out: what enters each part; or None
-                end_ptr,               # (b, chunks) tiles out: what leaves each chunk; backward: its local dh
-                decay_ptr,             # (b, chunks) tiles out: each chunk's decay; or None
-                l, since, chunk, chunks, keep, d: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
-                STEPS: tl.constexpr):
-    c, n, seq, first, end, until, tile, state, A, D, bias = begin(
-        A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d, N, CHANNELS)
+                kept_ptr,              # (b, chunks * chunk / keep, N, width) out: h every `keep` steps
+                end_ptr,               # (b, chunks, N, width) out: what leaves each chunk; backward: local dh
+                decay_ptr,             # (b, chunks, N, width) out: each chunk's decay; or None
+                l, since, chunk, chunks, keep, d: tl.constexpr, N: tl.constexpr, width: tl.constexpr,
+                CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, c, first, end, until, tile = begin(l, since, chunk, chunks, d, N, width, CHANNELS)
+    A, D, bias = tl.load(A_ptr + tile), tl.load(D_ptr + c), tl.load(bias_ptr + c)
+    state, n = k * N * width + tile, tl.arange(0, N)
     h, dh = tl.zeros((N, CHANNELS), tl.float32), tl.zeros((N, CHANNELS), tl.float32)
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
         h = tl.load(enter_ptr + state)
-    due, kept = first, seq * 0                     # the step to keep h at next; the tiles kept before, int64
+    due, kept = first, k * (chunk // keep)         # the step to keep h at next, and where
     for t in range(first, end, STEPS):
-        left, at = until - t, (seq * l + t) * d + c
-        at_BC = (seq * tl.cdiv(l, STEPS) * STEPS + t) * N + n
+        left, at, row = until - t, (seq * l + t) * d + c, seq * tl.cdiv(l, STEPS) * STEPS + t
         if kept_ptr is not None:
             if dy_ptr is not None or t == due:
-                tl.store(kept_ptr + kept * N * CHANNELS + state, h)
+                tl.store(kept_ptr + kept * N * width + tile, h)
                 due += keep
-                kept += tl.num_programs(0)
+                kept += 1
         xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
         dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)   # delta = 0 past the end: no change
         zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
         gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
-        resets = load_steps(reset_ptr, seq * l + t, end - t, 1, 0.0, STEPS)
+        resets = load_steps(reset_ptr, row, STEPS, 1, 0.0, STEPS)
         ys = ()
         for s in tl.static_range(STEPS):
             delta = softplus(dts[s] + bias)
-            B, C = tl.load(B_ptr + at_BC + s * N), tl.load(C_ptr + at_BC + s * N)
-            a = tl.exp2((delta + resets[s] * ENDLESS)[None, :] * A)
+            B, C = tl.load(B_ptr + (row + s) * N + n), tl.load(C_ptr + (row + s) * N + n)
+            a = tl.exp2((delta + resets[s])[None, :] * A)
             h = a * h + (delta * xs[s])[None, :] * B[:, None]
-            time += delta + resets[s] * ENDLESS
+            time += delta + resets[s]
             y = tl.sum(C[:, None] * h, 0) + D * xs[s]
             if dy_ptr is None:
                 ys += (y * silu(zs[s], z_ptr),)
@@ -151,19 +153,18 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def carry_kernel(start_ptr,            # (b, size) what enters the first chunk (from the end: the last)
-                 decay_ptr,            # (b, chunks, size)
-                 local_ptr,            # (b, chunks, size) read, then overwritten with what enters the chunk
-                 final_ptr,            # (b, size) out: what leaves after all of them
+def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwritten with what leaves
+                 decay_ptr,            # (b, chunks, size), size = N * width
+                 local_ptr,            # (b, chunks, size): overwritten with what enters each chunk
                  chunks, size: tl.constexpr, FROM_END: tl.constexpr, CHANNELS: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    h = tl.load(start_ptr + i)
+    h = tl.load(carry_ptr + i)
     for k in range(chunks):
         at = (i // size * chunks + (chunks - 1 - k if FROM_END else k)) * size + i % size
         decay, local = tl.load(decay_ptr + at), tl.load(local_ptr + at)
         tl.store(local_ptr + at, h)
         h = decay * h + local
-    tl.store(final_ptr + i, h)
+    tl.store(carry_ptr + i, h)
 
 
 # Backward. Write dh_t for dL/dh_t, g_t = dy_t SiLU(z_t) for the gradient at the ungated y, a_t for
@@ -183,41 +184,40 @@ def carry_kernel(start_ptr,            # (b, size) what enters the first chunk (
 # compiler does know the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, dy_ptr,
-                   blocks_ptr,         # (chunk / STEPS, b, chunks) tiles: what enters each block
-                   dh_ptr,             # (b, chunks) tiles: what enters each chunk from its end
+                   blocks_ptr,         # (b, chunks * chunk / STEPS, N, width): what enters each block
+                   dh_ptr,             # (b, chunks, N, width): what enters each chunk from its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
                    dBC_ptr,            # (b, chunks, tiles, chunk, 2, N) out: dB and dC, of these channels
-                   sums_ptr,           # (b, chunks, tiles, N + 2, CHANNELS) out: dA, dD, dbias of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
-                   STEPS: tl.constexpr):
-    c, n, seq, first, end, until, tile, state, A, D, bias = begin(
-        A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d, N, CHANNELS)
-    p, dh, dA = tl.program_id(0).to(tl.int64), tl.load(dh_ptr + state), tl.zeros((N, CHANNELS), tl.float32)
+                   sums_ptr,           # (b, chunks, N + 2, width) out: dA, dD and dbias, of these steps
+                   l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, width: tl.constexpr,
+                   CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, c, first, end, until, tile = begin(l, since, chunk, chunks, d, N, width, CHANNELS)
+    A, D, bias = tl.load(A_ptr + tile), tl.load(D_ptr + c), tl.load(bias_ptr + c)
+    n, dh, dA = tl.arange(0, N), tl.load(dh_ptr + k * N * width + tile), tl.zeros((N, CHANNELS), tl.float32)
     dD, dbias = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     for back in range(0, end - first, STEPS):
         t = first + (end - first - 1) // STEPS * STEPS - back
-        left, at = until - t, (seq * l + t) * d + c
-        at_BC = (seq * tl.cdiv(l, STEPS) * STEPS + t) * N + n
-        block = (t - first) // STEPS * tl.num_programs(0).to(tl.int64)
+        left, at, row = until - t, (seq * l + t) * d + c, seq * tl.cdiv(l, STEPS) * STEPS + t
+        block = k * (chunk // STEPS) + (t - first) // STEPS
         xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
         dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)
         zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
         gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
-        resets = load_steps(reset_ptr, seq * l + t, end - t, 1, 0.0, STEPS)
-        h = tl.load(blocks_ptr + block * N * CHANNELS + state)
+        resets = load_steps(reset_ptr, row, STEPS, 1, 0.0, STEPS)
+        h = tl.load(blocks_ptr + block * N * width + tile)
         deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
-            us += (tl.exp2((deltas[s] + resets[s] * ENDLESS)[None, :] * A) * h,)
-            h = us[s] + ws[s][None, :] * tl.load(B_ptr + at_BC + s * N)[:, None]
+            us += (tl.exp2((deltas[s] + resets[s])[None, :] * A) * h,)
+            h = us[s] + ws[s][None, :] * tl.load(B_ptr + (row + s) * N + n)[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
             # The mask changes nothing, but the compiler cannot know. It would keep each a_t of the walk above
             # for the end of this step, in registers that are not there: one more exp2 is cheaper.
             delta, g = tl.where(s < left, deltas[s], 0.0), gs[s] * silu(zs[s], z_ptr)
-            B, C = tl.load(B_ptr + at_BC + s * N), tl.load(C_ptr + at_BC + s * N)
+            B, C = tl.load(B_ptr + (row + s) * N + n), tl.load(C_ptr + (row + s) * N + n)
             dh += C[:, None] * g[None, :]
-            dBC = dBC_ptr + (p * chunk + t - first + s) * 2 * N + n
+            dBC = dBC_ptr + (tl.program_id(0).to(tl.int64) * chunk + t - first + s) * 2 * N + n
             tl.store(dBC, tl.sum(dh * ws[s][None, :], 1))
             tl.store(dBC + N, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1))
             du = dh * us[s]
@@ -228,11 +228,11 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
             dbias += ddt
             tl.store(dx_ptr + at + s * d, delta * sum_B + D * g, mask=s < left)
             tl.store(ddt_ptr + at + s * d, ddt, mask=s < left)
-            dh *= tl.exp2((delta + resets[s] * ENDLESS)[None, :] * A)
-    sums = sums_ptr + p * (N + 2) * CHANNELS
+            dh *= tl.exp2((delta + resets[s])[None, :] * A)
+    sums = sums_ptr + k * (N + 2) * width
     tl.store(sums + tile, dA)
-    tl.store(sums + N * CHANNELS + tl.arange(0, CHANNELS), dD)
-    tl.store(sums + (N + 1) * CHANNELS + tl.arange(0, CHANNELS), dbias)
+    tl.store(sums + N * width + c, dD)
+    tl.store(sums + (N + 1) * width + c, dbias)
 
 
 @triton.jit
@@ -271,24 +271,23 @@ def launch(kernel, programs: int, *args, **sizes) -> None:
 
 
 def pack(t: Tensor) -> Tensor:
-    """(..., d, n) -> (..., tiles, N, CHANNELS), padded with zeros, in fp32."""
+    """(..., d, n) -> a copy (..., N, width) in fp32, padded with zeros."""
     d, n = t.shape[-2:]
-    t = F.pad(t.float(), (0, triton.next_power_of_2(n) - n, 0, -d % CHANNELS))
-    return t.unflatten(-2, (triton.cdiv(d, CHANNELS), CHANNELS)).mT.contiguous()
-
-
-def unpack(t: Tensor, d: int, n: int) -> Tensor:
-    return t.mT.flatten(-3, -2)[..., :d, :n]
+    out = t.new_zeros(*t.shape[:-2], triton.next_power_of_2(n), triton.cdiv(d, CHANNELS) * CHANNELS,
+                      dtype=torch.float32)
+    out[..., :n, :d] = t.mT
+    return out
 
 
 def prepare(x, dt, A, B, C, D, dt_bias, z, reset) -> tuple[list, dict]:
     """The first nine arguments of both big kernels, and the sizes they share."""
-    (_, l, d), extra = x.shape, triton.next_power_of_2(A.shape[1]) - A.shape[1]
-    x, dt, z, reset = (t if t is None else t.contiguous() for t in (x, dt, z, reset))
-    B, C = (F.pad(t.float(), (0, extra, 0, -l % STEPS)).contiguous() for t in (B, C))    # 0 adds nothing
-    D, dt_bias = (F.pad(t.float(), (0, -d % CHANNELS)).contiguous() for t in (D, dt_bias))
-    A = pack(A) * LOG2E.value                                              # (tiles, N, CHANNELS)
-    return [x, dt, z, A, B, C, D, dt_bias, reset], dict(l=l, d=d, N=A.shape[1], STEPS=STEPS)
+    (_, l, d), A = x.shape, pack(A) * LOG2E.value                          # (N, width)
+    (N, width), more = A.shape, -l % STEPS
+    x, dt, z = (t if t is None else t.contiguous() for t in (x, dt, z))
+    B, C = (F.pad(t.float(), (0, N - t.shape[2], 0, more)).contiguous() for t in (B, C))
+    D, dt_bias = (F.pad(t.float(), (0, width - d)).contiguous() for t in (D, dt_bias))
+    reset = reset if reset is None else F.pad(reset * ENDLESS, (0, more)).contiguous()
+    return [x, dt, z, A, B, C, D, dt_bias, reset], dict(l=l, d=d, N=N, width=width, STEPS=STEPS)
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -300,38 +299,30 @@ def cut_time(x: Tensor) -> tuple[int, int]:
     return parts * keep, keep
 
 
-def carry(start: Tensor, decay: Tensor, local: Tensor, from_end: bool) -> Tensor:
-    """Turn each chunk's local, in place, into what enters it; return what leaves them all."""
-    final, size = torch.empty_like(start), start.shape[1:].numel()
-    launch(carry_kernel, start.numel() // CHANNELS, start, decay, local, final, decay.shape[1], size=size,
-           FROM_END=from_end)
-    return final
-
-
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=())
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, h0: Tensor,
          z: Maybe, reset: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """y, h, and the states that the backward starts from."""
     (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), pack(h0)
     inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    sizes.update(since=0, chunk=chunk, chunks=triton.cdiv(l, chunk), keep=keep)
-    states = b, sizes["chunks"], *enter.shape[1:]                          # (b, chunks, tiles, N, CHANNELS)
-    new, programs = partial(torch.empty, device=x.device), b * states[1] * states[2]
-    if states[1] > 1:
-        start, enter, decay = enter, new(states), new(states)
+    chunks, (N, width), new = triton.cdiv(l, chunk), enter.shape[1:], partial(torch.empty, device=x.device)
+    sizes.update(since=0, chunk=chunk, chunks=chunks, keep=keep)
+    programs, states = b * chunks * width // CHANNELS, (b, chunks, N, width)
+    if chunks > 1:
+        carry, enter, decay = enter, new(states), new(states)
         launch(scan_kernel, programs, *inputs, None, None, None, None, enter, decay, **sizes)
-        carry(start, decay, enter, from_end=False)
-    y, kept, end = new(x.shape, dtype=x.dtype), new(chunk // keep, *states), new(states)
+        launch(carry_kernel, carry.numel() // CHANNELS, carry, decay, enter, chunks, size=N * width,
+               FROM_END=False)
+    y, kept, end = new(x.shape, dtype=x.dtype), new(b, chunks * chunk // keep, N, width), new(states)
     launch(scan_kernel, programs, *inputs, None, enter, y, kept, end, None, **sizes)
-    kept = kept.movedim(0, 2).flatten(1, 2)[:, :triton.cdiv(l, keep)].contiguous()
-    return y, unpack(end[:, -1], d, n).contiguous(), kept
+    return y, end[:, -1, :n, :d].mT.contiguous(), kept
 
 
 @scan.register_fake
 def _(x, dt, A, B, C, D, dt_bias, h0, z, reset):
-    (b, l, d), new = x.shape, partial(x.new_empty, dtype=torch.float32)
-    tile = triton.cdiv(d, CHANNELS), triton.next_power_of_2(A.shape[1]), CHANNELS
-    return x.new_empty(x.shape), new(b, *A.shape), new(b, triton.cdiv(l, cut_time(x)[1]), *tile)
+    (b, l, _), (chunk, keep), new = x.shape, cut_time(x), partial(x.new_empty, dtype=torch.float32)
+    parts = triton.cdiv(l, chunk) * chunk // keep
+    return x.new_empty(x.shape), new(b, *A.shape), new(b, parts, *pack(A).shape)
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=())
@@ -340,25 +331,27 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     """The gradients of the first nine, or eight without z."""
     grads = dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
     inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    (b, l, d), n, (_, chunk), (_, total, tiles, N, _) = x.shape, A.shape[1], cut_time(x), kept.shape
+    (b, l, d), n, (_, chunk), (N, width) = x.shape, A.shape[1], cut_time(x), kept.shape[2:]
     new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), pack(dh), 0
+    tiles = width // CHANNELS
     bytes_a_chunk = 4 * b * chunk * tiles * N * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
-    group = max(1, SCRATCH // max(1, bytes_a_chunk))
+    total, group = triton.cdiv(l, chunk), max(1, SCRATCH // max(1, bytes_a_chunk))
     for k in reversed(range(0, total, group)):
-        enter, since, chunks = kept[:, k:k + group].contiguous(), k * chunk, min(group, total - k)
+        since, chunks = k * chunk, min(group, total - k)
         sizes.update(since=since, chunk=chunk, chunks=chunks)
-        blocks, local, decay = new(chunk // STEPS, *enter.shape), new(enter.shape), new(enter.shape)
-        dBC, part = new(b, chunks, tiles, chunk, 2, N), new(b, chunks, tiles, N + 2, CHANNELS)
+        enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, N, width)
+        blocks, local, decay = new(b, chunks * chunk // STEPS, N, width), new(enter.shape), new(enter.shape)
+        dBC, part = new(b, chunks, tiles, chunk, 2, N), new(b, chunks, N + 2, width)
         launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
-        dh = carry(dh, decay, local, from_end=True)
+        launch(carry_kernel, dh.numel() // CHANNELS, dh, decay, local, chunks, size=N * width, FROM_END=True)
         launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
         dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since, :, :n].unbind(2)
-        sums = sums + part.sum((0, 1))                                     # (tiles, N + 2, CHANNELS)
+        sums = sums + part.sum((0, 1))                                     # (N + 2, width)
         del enter, blocks, local, decay, dBC, part                         # free again for the next group
-    for grad, value in ((dA, unpack(sums[:, :N], d, n)), (dD, sums[:, N].flatten()[:d]),
-                        (dbias, sums[:, N + 1].flatten()[:d]), (dh0, unpack(dh, d, n))):
+    for grad, value in ((dA, sums[:n, :d].mT), (dD, sums[N, :d]), (dbias, sums[N + 1, :d]),
+                        (dh0, dh[:, :n, :d].mT)):
         grad.copy_(value)
     return grads
 
