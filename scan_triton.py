@@ -67,33 +67,39 @@ def silu(z, z_ptr):
 
 
 @triton.jit
+def load(ptr, at, mask, other: tl.constexpr = 0.0):
+    return 0.0 if ptr is None else tl.load(ptr + at, mask, other).to(tl.float32)     # 0 without such a tensor
+
+
+@triton.jit
 def load_steps(ptr, at, left, d: tl.constexpr, other: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used: `other` past the end, 0 without such a tensor.
+    # A block's rows, all requested before the first is used; `other` past the end.
     rows = ()
     for s in tl.static_range(STEPS):
-        rows += (0.0 if ptr is None else tl.load(ptr + at + s * d, s < left, other).to(tl.float32),)
+        rows += (load(ptr, at + s * d, s < left, other),)
     return rows
 
 
 @triton.jit
-def begin(l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, width: tl.constexpr,
-          CHANNELS: tl.constexpr):
+def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
+          STEPS: tl.constexpr):
     # Each sequence has `chunks` chunks of `chunk` steps, from step `since` on. A program takes CHANNELS
-    # channels, c, through one chunk, the k-th of all sequences': steps first to end - 1 of sequence seq.
-    # k and seq are int64, and so is every offset made from them: b * l * d passes 2^31.
-    tiles: tl.constexpr = width // CHANNELS
-    k = (tl.program_id(0) // tiles).to(tl.int64)
+    # channels, c, through one chunk, the k-th of all sequences': steps first to end - 1 of sequence
+    # k // chunks. k is int64, and so is every offset made from it: b * l * d passes 2^31.
+    tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
+    k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, N)
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     first = since + (k % chunks).to(tl.int32) * chunk
     end = tl.minimum(first + chunk, l)
     until = tl.where(c < d, end, 0)                                        # where a channel's steps end
-    tile = tl.arange(0, N)[:, None] * width + c[None, :]                   # (N, CHANNELS) of an (N, width)
-    return k, k // chunks, c, first, end, until, tile
+    # States lie (n, d), so that neighbouring threads read neighbours; the one of a token (d, n), as it came.
+    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n     # (N, CHANNELS)
+    return k, k // chunks, first, end, until, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
 
 
-# Arguments of both big kernels. x_ptr, dt_ptr, z_ptr (None: no gate) and dy_ptr are rows (b, l, d). The other
-# inputs are fp32, with 0 where they are padded: A (N, width) log2(e), D and bias (width,), and, to whole blocks
-# of steps, B and C (b, l, N) and reset (b, l): ENDLESS where a document starts; None: nowhere.
+# Arguments of both big kernels: x_ptr, dt_ptr, z_ptr (None: no gate) and dy_ptr are (b, l, d), A (n, d), D
+# and bias (d,). B and C (b, l, n) and reset (b, l), which is ENDLESS where a document starts and else 0 (None: no
+# document does), go on with zeros to a whole number of blocks. For the lengths and k see begin.
 #
 # A thread a channel: that is the compiler's choice where it does not know these pointers to be aligned. If it
 # knew, it would load four channels a thread and spread each channel's states over four threads.
@@ -101,26 +107,25 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, width: tl.c
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr,
                 dy_ptr,                # the backward, which begins with this walk too; else None
-                enter_ptr,             # (b, chunks, N, width): what enters each chunk; None: zero
+                enter_ptr,             # (b, chunks, n, d): what enters each chunk; None: zero
                 y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
-                kept_ptr,              # (b, chunks * chunk / keep, N, width) out: h every `keep` steps
-                end_ptr,               # (b, chunks, N, width) out: what leaves each chunk; backward: local dh
-                decay_ptr,             # (b, chunks, N, width) out: each chunk's decay; or None
-                l, since, chunk, chunks, keep, d: tl.constexpr, N: tl.constexpr, width: tl.constexpr,
+                kept_ptr,              # (b, chunks * chunk / keep, n, d) out: h every `keep` steps; or None
+                end_ptr,               # (b, chunks, n, d) out: what leaves each chunk; backward: local dh
+                decay_ptr,             # (b, chunks, n, d) out: each chunk's decay; or None
+                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
                 CHANNELS: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, c, first, end, until, tile = begin(l, since, chunk, chunks, d, N, width, CHANNELS)
-    A, D, bias = tl.load(A_ptr + tile), tl.load(D_ptr + c), tl.load(bias_ptr + c)
-    state, n = k * N * width + tile, tl.arange(0, N)
+    k, seq, first, end, until, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+    A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
     h, dh = tl.zeros((N, CHANNELS), tl.float32), tl.zeros((N, CHANNELS), tl.float32)
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
-        h = tl.load(enter_ptr + state)
+        h = load(enter_ptr, k * n * d + tile, live)
     due, kept = first, k * (chunk // keep)         # the step to keep h at next, and where
     for t in range(first, end, STEPS):
         left, at, row = until - t, (seq * l + t) * d + c, seq * tl.cdiv(l, STEPS) * STEPS + t
         if kept_ptr is not None:
             if dy_ptr is not None or t == due:
-                tl.store(kept_ptr + kept * N * width + tile, h)
+                tl.store(kept_ptr + kept * n * d + tile, h, live)
                 due += keep
                 kept += 1
         xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
@@ -131,7 +136,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
         ys = ()
         for s in tl.static_range(STEPS):
             delta = softplus(dts[s] + bias)
-            B, C = tl.load(B_ptr + (row + s) * N + n), tl.load(C_ptr + (row + s) * N + n)
+            B, C = load(B_ptr, (row + s) * n + i, i < n), load(C_ptr, (row + s) * n + i, i < n)
             a = tl.exp2((delta + resets[s])[None, :] * A)
             h = a * h + (delta * xs[s])[None, :] * B[:, None]
             time += delta + resets[s]
@@ -147,24 +152,26 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
         if y_ptr is not None:
             for s in tl.static_range(STEPS):
                 tl.store(y_ptr + at + s * d, ys[s], mask=s < left)
-    tl.store(end_ptr + state, h if dy_ptr is None else dh)
+    tl.store(end_ptr + k * n * d + tile, h if dy_ptr is None else dh, live)
     if decay_ptr is not None:                      # the product of all exp(delta_t A): exp(A time)
-        tl.store(decay_ptr + state, tl.exp2(time[None, :] * A) if dy_ptr is None else decay)
+        tl.store(decay_ptr + k * n * d + tile, tl.exp2(time[None, :] * A) if dy_ptr is None else decay, live)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwritten with what leaves
-                 decay_ptr,            # (b, chunks, size), size = N * width
+                 decay_ptr,            # (b, chunks, size), size = n * d
                  local_ptr,            # (b, chunks, size): overwritten with what enters each chunk
                  chunks, size: tl.constexpr, FROM_END: tl.constexpr, CHANNELS: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    h = tl.load(carry_ptr + i)
+    tiles: tl.constexpr = (size + CHANNELS - 1) // CHANNELS
+    seq = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    h = load(carry_ptr, seq * size + i, i < size)
     for k in range(chunks):
-        at = (i // size * chunks + (chunks - 1 - k if FROM_END else k)) * size + i % size
-        decay, local = tl.load(decay_ptr + at), tl.load(local_ptr + at)
-        tl.store(local_ptr + at, h)
+        at = (seq * chunks + (chunks - 1 - k if FROM_END else k)) * size + i
+        decay, local = load(decay_ptr, at, i < size), load(local_ptr, at, i < size)
+        tl.store(local_ptr + at, h, i < size)
         h = decay * h + local
-    tl.store(carry_ptr + i, h)
+    tl.store(carry_ptr + seq * size + i, h, i < size)
 
 
 # Backward. Write dh_t for dL/dh_t, g_t = dy_t SiLU(z_t) for the gradient at the ungated y, a_t for
@@ -184,16 +191,16 @@ def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwr
 # compiler does know the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, dy_ptr,
-                   blocks_ptr,         # (b, chunks * chunk / STEPS, N, width): what enters each block
-                   dh_ptr,             # (b, chunks, N, width): what enters each chunk from its end
+                   blocks_ptr,         # (b, chunks * chunk / STEPS, n, d): what enters each block
+                   dh_ptr,             # (b, chunks, n, d): what enters each chunk from its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
-                   dBC_ptr,            # (b, chunks, tiles, chunk, 2, N) out: dB and dC, of these channels
-                   sums_ptr,           # (b, chunks, N + 2, width) out: dA, dD and dbias, of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, width: tl.constexpr,
+                   dBC_ptr,            # (b, chunks, tiles, chunk, 2, n) out: dB and dC, of these channels
+                   sums_ptr,           # (b, chunks, n + 2, d) out: dA, dD and dbias, of these steps
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
                    CHANNELS: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, c, first, end, until, tile = begin(l, since, chunk, chunks, d, N, width, CHANNELS)
-    A, D, bias = tl.load(A_ptr + tile), tl.load(D_ptr + c), tl.load(bias_ptr + c)
-    n, dh, dA = tl.arange(0, N), tl.load(dh_ptr + k * N * width + tile), tl.zeros((N, CHANNELS), tl.float32)
+    k, seq, first, end, until, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+    A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
+    dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros((N, CHANNELS), tl.float32)
     dD, dbias = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     for back in range(0, end - first, STEPS):
         t = first + (end - first - 1) // STEPS * STEPS - back
@@ -204,22 +211,22 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
         zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
         gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
         resets = load_steps(reset_ptr, row, STEPS, 1, 0.0, STEPS)
-        h = tl.load(blocks_ptr + block * N * width + tile)
+        h = load(blocks_ptr, block * n * d + tile, live)
         deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
             us += (tl.exp2((deltas[s] + resets[s])[None, :] * A) * h,)
-            h = us[s] + ws[s][None, :] * tl.load(B_ptr + (row + s) * N + n)[:, None]
+            h = us[s] + ws[s][None, :] * load(B_ptr, (row + s) * n + i, i < n)[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
             # The mask changes nothing, but the compiler cannot know. It would keep each a_t of the walk above
             # for the end of this step, in registers that are not there: one more exp2 is cheaper.
             delta, g = tl.where(s < left, deltas[s], 0.0), gs[s] * silu(zs[s], z_ptr)
-            B, C = tl.load(B_ptr + (row + s) * N + n), tl.load(C_ptr + (row + s) * N + n)
+            B, C = load(B_ptr, (row + s) * n + i, i < n), load(C_ptr, (row + s) * n + i, i < n)
             dh += C[:, None] * g[None, :]
-            dBC = dBC_ptr + (tl.program_id(0).to(tl.int64) * chunk + t - first + s) * 2 * N + n
-            tl.store(dBC, tl.sum(dh * ws[s][None, :], 1))
-            tl.store(dBC + N, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1))
+            dBC = dBC_ptr + (tl.program_id(0).to(tl.int64) * chunk + t - first + s) * 2 * n + i
+            tl.store(dBC, tl.sum(dh * ws[s][None, :], 1), i < n)
+            tl.store(dBC + n, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1), i < n)
             du = dh * us[s]
             dA += du * delta[None, :]
             sum_B = tl.sum(dh * B[:, None], 0)
@@ -229,34 +236,10 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
             tl.store(dx_ptr + at + s * d, delta * sum_B + D * g, mask=s < left)
             tl.store(ddt_ptr + at + s * d, ddt, mask=s < left)
             dh *= tl.exp2((delta + resets[s])[None, :] * A)
-    sums = sums_ptr + k * (N + 2) * width
-    tl.store(sums + tile, dA)
-    tl.store(sums + N * width + c, dD)
-    tl.store(sums + (N + 1) * width + c, dbias)
-
-
-@triton.jit
-def step_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, h_ptr, y_ptr,
-                d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr):
-    # One token, for decoding: it overwrites h (b, d, n), and masks take the place of padded copies.
-    tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
-    p, i = tl.program_id(0), tl.arange(0, N)
-    seq, c = (p // tiles).to(tl.int64), p % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    at, tile = seq * d + c, c[:, None] * n + i[None, :]                    # (CHANNELS,), (CHANNELS, N)
-    live = (c < d)[:, None] & (i < n)[None, :]                             # (CHANNELS, N)
-    A, h = tl.load(A_ptr + tile, live, 0.0).to(tl.float32), tl.load(h_ptr + seq * d * n + tile, live, 0.0)
-    B = tl.load(B_ptr + seq * n + i, i < n, 0.0).to(tl.float32)
-    C = tl.load(C_ptr + seq * n + i, i < n, 0.0).to(tl.float32)
-    x, dt = tl.load(x_ptr + at, c < d, 0.0).to(tl.float32), tl.load(dt_ptr + at, c < d, 0.0).to(tl.float32)
-    delta = softplus(dt + tl.load(bias_ptr + c, c < d, 0.0))
-    if reset_ptr is not None:
-        h = tl.where(tl.load(reset_ptr + seq) != 0, 0.0, h)
-    h = tl.exp2(delta[:, None] * (A * LOG2E)) * h + (delta * x)[:, None] * B[None, :]
-    y = tl.sum(C[None, :] * h, 1) + tl.load(D_ptr + c, c < d, 0.0) * x
-    if z_ptr is not None:
-        y *= silu(tl.load(z_ptr + at, c < d, 0.0).to(tl.float32), z_ptr)
-    tl.store(h_ptr + seq * d * n + tile, h, live)
-    tl.store(y_ptr + at, y, c < d)
+    sums = sums_ptr + k * (n + 2) * d
+    tl.store(sums + tile, dA, live)
+    tl.store(sums + n * d + c, dD, c < d)
+    tl.store(sums + (n + 1) * d + c, dbias, c < d)
 
 
 # What PyTorch sees: operators that are opaque to torch.compile, with rules for shapes and for the gradient.
@@ -270,24 +253,19 @@ def launch(kernel, programs: int, *args, **sizes) -> None:
         kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1, enable_fp_fusion=True)
 
 
-def pack(t: Tensor) -> Tensor:
-    """(..., d, n) -> a copy (..., N, width) in fp32, padded with zeros."""
-    d, n = t.shape[-2:]
-    out = t.new_zeros(*t.shape[:-2], triton.next_power_of_2(n), triton.cdiv(d, CHANNELS) * CHANNELS,
-                      dtype=torch.float32)
-    out[..., :n, :d] = t.mT
-    return out
+def turned(t: Tensor) -> Tensor:
+    """(..., d, n) -> a copy (..., n, d) in fp32."""
+    return t.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def prepare(x, dt, A, B, C, D, dt_bias, z, reset) -> tuple[list, dict]:
     """The first nine arguments of both big kernels, and the sizes they share."""
-    (_, l, d), A = x.shape, pack(A) * LOG2E.value                          # (N, width)
-    (N, width), more = A.shape, -l % STEPS
-    x, dt, z = (t if t is None else t.contiguous() for t in (x, dt, z))
-    B, C = (F.pad(t.float(), (0, N - t.shape[2], 0, more)).contiguous() for t in (B, C))
-    D, dt_bias = (F.pad(t.float(), (0, width - d)).contiguous() for t in (D, dt_bias))
+    (_, l, d), n, more = x.shape, A.shape[1], -x.shape[1] % STEPS
+    x, dt, z, D, dt_bias = (t if t is None else t.contiguous() for t in (x, dt, z, D, dt_bias))
+    B, C = (F.pad(t.float(), (0, 0, 0, more)).contiguous() for t in (B, C))
     reset = reset if reset is None else F.pad(reset * ENDLESS, (0, more)).contiguous()
-    return [x, dt, z, A, B, C, D, dt_bias, reset], dict(l=l, d=d, N=N, width=width, STEPS=STEPS)
+    sizes = dict(l=l, d=d, n=n, N=triton.next_power_of_2(n), STEPS=STEPS)
+    return [x, dt, z, turned(A), B, C, D, dt_bias, reset], sizes
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -303,26 +281,26 @@ def cut_time(x: Tensor) -> tuple[int, int]:
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, h0: Tensor,
          z: Maybe, reset: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """y, h, and the states that the backward starts from."""
-    (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), pack(h0)
+    (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), turned(h0)
     inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    chunks, (N, width), new = triton.cdiv(l, chunk), enter.shape[1:], partial(torch.empty, device=x.device)
+    chunks, new = triton.cdiv(l, chunk), partial(torch.empty, device=x.device)
     sizes.update(since=0, chunk=chunk, chunks=chunks, keep=keep)
-    programs, states = b * chunks * width // CHANNELS, (b, chunks, N, width)
+    programs, states = b * chunks * triton.cdiv(d, CHANNELS), (b, chunks, n, d)
     if chunks > 1:
         carry, enter, decay = enter, new(states), new(states)
         launch(scan_kernel, programs, *inputs, None, None, None, None, enter, decay, **sizes)
-        launch(carry_kernel, carry.numel() // CHANNELS, carry, decay, enter, chunks, size=N * width,
+        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), carry, decay, enter, chunks, size=n * d,
                FROM_END=False)
-    y, kept, end = new(x.shape, dtype=x.dtype), new(b, chunks * chunk // keep, N, width), new(states)
+    y, kept, end = new(x.shape, dtype=x.dtype), new(b, chunks * chunk // keep, n, d), new(states)
     launch(scan_kernel, programs, *inputs, None, enter, y, kept, end, None, **sizes)
-    return y, end[:, -1, :n, :d].mT.contiguous(), kept
+    return y, turned(end[:, -1]), kept
 
 
 @scan.register_fake
 def _(x, dt, A, B, C, D, dt_bias, h0, z, reset):
-    (b, l, _), (chunk, keep), new = x.shape, cut_time(x), partial(x.new_empty, dtype=torch.float32)
-    parts = triton.cdiv(l, chunk) * chunk // keep
-    return x.new_empty(x.shape), new(b, *A.shape), new(b, parts, *pack(A).shape)
+    (b, l, d), n, (chunk, keep) = x.shape, A.shape[1], cut_time(x)
+    h, kept = (b, d, n), (b, triton.cdiv(l, chunk) * chunk // keep, n, d)
+    return x.new_empty(x.shape), *(x.new_empty(size, dtype=torch.float32) for size in (h, kept))
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=())
@@ -331,27 +309,26 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     """The gradients of the first nine, or eight without z."""
     grads = dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
     inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    (b, l, d), n, (_, chunk), (N, width) = x.shape, A.shape[1], cut_time(x), kept.shape[2:]
-    new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), pack(dh), 0
-    tiles = width // CHANNELS
-    bytes_a_chunk = 4 * b * chunk * tiles * N * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
+    (b, l, d), n, (_, chunk), tiles = x.shape, A.shape[1], cut_time(x), triton.cdiv(x.shape[2], CHANNELS)
+    new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), turned(dh), 0
+    bytes_a_chunk = 4 * b * chunk * tiles * n * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
     total, group = triton.cdiv(l, chunk), max(1, SCRATCH // max(1, bytes_a_chunk))
     for k in reversed(range(0, total, group)):
         since, chunks = k * chunk, min(group, total - k)
         sizes.update(since=since, chunk=chunk, chunks=chunks)
-        enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, N, width)
-        blocks, local, decay = new(b, chunks * chunk // STEPS, N, width), new(enter.shape), new(enter.shape)
-        dBC, part = new(b, chunks, tiles, chunk, 2, N), new(b, chunks, N + 2, width)
+        enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, n, d)
+        blocks, local, decay = new(b, chunks * chunk // STEPS, n, d), new(enter.shape), new(enter.shape)
+        dBC, part = new(b, chunks, tiles, chunk, 2, n), new(b, chunks, n + 2, d)
         launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
-        launch(carry_kernel, dh.numel() // CHANNELS, dh, decay, local, chunks, size=N * width, FROM_END=True)
+        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), dh, decay, local, chunks, size=n * d,
+               FROM_END=True)
         launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
-        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since, :, :n].unbind(2)
-        sums = sums + part.sum((0, 1))                                     # (N + 2, width)
+        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since].unbind(2)
+        sums = sums + part.sum((0, 1))                                     # (n + 2, d)
         del enter, blocks, local, decay, dBC, part                         # free again for the next group
-    for grad, value in ((dA, sums[:n, :d].mT), (dD, sums[N, :d]), (dbias, sums[N + 1, :d]),
-                        (dh0, dh[:, :n, :d].mT)):
+    for grad, value in ((dA, sums[:n].mT), (dD, sums[n]), (dbias, sums[n + 1]), (dh0, dh.mT)):
         grad.copy_(value)
     return grads
 
@@ -376,10 +353,11 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
     """One token: returns y (b, 1, d) and overwrites the state h (b, d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
-    (b, _, d), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inputs = (t if t is None else t.contiguous() for t in (x, dt, z, A, B, C, D, dt_bias, reset))
-    launch(step_kernel, b * triton.cdiv(d, CHANNELS), *inputs, h, y, d=d, n=A.shape[1],
-           N=triton.next_power_of_2(A.shape[1]))
+    (b, _, d), n, y = x.shape, A.shape[1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    inputs = [t if t is None else t.contiguous() for t in (x, dt, z, A, B, C, D, dt_bias)]
+    reset = reset if reset is None else reset * ENDLESS
+    launch(scan_kernel, b * triton.cdiv(d, CHANNELS), *inputs, reset, None, h, y, None, h, None, l=1, since=0,
+           chunk=1, chunks=1, keep=1, d=d, n=n, N=triton.next_power_of_2(n), STEPS=1)
     return y
 
 

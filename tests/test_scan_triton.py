@@ -286,7 +286,7 @@ def test_one_token_is_a_scan_of_one_step(dtype):
     p = {k: v.detach() for k, v in problem(2, 1, 35, 3, dtype=dtype).items()}
     reset = torch.tensor([[True], [False]], device=DEVICE)
     for r in (None, reset):
-        y, h = selective_scan(**p, reset=r)                        # goes to step_kernel
+        y, h = selective_scan(**p, reset=r)                        # takes the step
         y_scan, h_scan, _ = scan_triton.scan(*(p[k] for k in NAMES), r)
         assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
         assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()

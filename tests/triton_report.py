@@ -34,7 +34,7 @@ KERNELS = {                                 # label: kernel, its constants beyon
     "backward: replay": ("scan_kernel", {}),
     "backward: carry": ("carry_kernel", dict(FROM_END=True)),
     "backward: adjoint": ("adjoint_kernel", {}),
-    "one token: step": ("step_kernel", {}),
+    "one token: step": ("scan_kernel", dict(dy_ptr=None, kept_ptr=None, decay_ptr=None, STEPS=1)),
 }
 
 
@@ -42,13 +42,11 @@ def build(label: str, target: str, reset: bool = False):
     """Compile one kernel with the 7B's constants."""
     name, constants = KERNELS[label]
     kernel = getattr(st, name)
-    constants = dict(constants, d=d, n=n, N=n, width=d, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
+    constants = dict(d=d, n=n, N=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS) | constants
     if not reset:
         constants.update(reset_ptr=None)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     kinds = {k: INT if not k.endswith("_ptr") else BF16 if k in ROWS else FP32 for k in kernel.arg_names}
-    if name == "step_kernel":
-        kinds["reset_ptr"] = "*i1"          # as it is given; the other kernels take the steps' lengths
     signature = {k: "constexpr" if k in constants else kinds[k] for k in kernel.arg_names}
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what a launch finds out
                if p.name.endswith("_ptr") and not (p.name in constants or p.do_not_specialize_on_alignment)}
