@@ -1,11 +1,8 @@
-"""The selective scan for a GPU: the recurrence of scan.py as four Triton kernels.
+"""The selective scan for a GPU: the recurrence of scan.py, which says it as a loop, as three Triton kernels.
 
     delta_t = softplus(dt_t + dt_bias)
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     (Mamba Eq. 2a; h_{t-1} is 0 where reset_t is set)
     y_t = (C_t . h_t + D x_t) * SiLU(z_t)              (Mamba Eq. 2b, with skip and gate)
-
-Read scan.py first: it says this as a loop. mamba.py, next, calls it. Sizes: b batch, l length, d channels, n
-states a channel, N: n padded to a power of two. States and sums are in fp32.
 
 The one idea. A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in
 memory. But a sequence of the 7B gives 8192 threads, and an H100 wants ten times as many. So time is cut into
@@ -16,9 +13,10 @@ chunks and walked twice, for over a chunk the recurrence is one affine map, h_en
 When the batch alone fills the GPU there is one chunk, and passes 1 and 2 fall away: see chunk_count. Pass 3
 keeps a state every 256 steps or so, and from these the backward runs the same machine from the end.
 
-`python scan_triton.py` compiles it all for an H100, GPU or not, and prints what it costs. These kernels are
-verified in Triton's interpreter (TRITON_INTERPRET=1 runs them on the CPU) and compiled for H100, A100, MI300,
-not yet timed on one: without a GPU the times printed are estimates from counted instructions.
+`python scan_triton.py` compiles it for an H100, GPU or not, and prints what it costs, estimated from counted
+instructions: verified in Triton's interpreter (TRITON_INTERPRET=1 runs it on the CPU) and compiled for H100,
+A100 and MI300, these kernels are not yet timed on one. Next: mamba.py. Sizes: b batch, l length, d channels,
+n states a channel, N: n padded to a power of two. States and sums are in fp32.
 """
 from functools import partial
 
@@ -72,12 +70,17 @@ def load(ptr, at, mask, other: tl.constexpr = 0.0):
 
 
 @triton.jit
-def load_steps(ptr, at, left, d: tl.constexpr, other: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used; `other` past the end.
-    rows = ()
+def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
+    # A block's rows, all requested before the first is used. After the end delta is 0, which changes nothing.
+    xs, dts, zs, gs, resets = (), (), (), (), ()
     for s in tl.static_range(STEPS):
-        rows += (load(ptr, at + s * d, s < left, other),)
-    return rows
+        at, live = (row + s) * d + c, s < tl.where(c < d, left, 0)
+        xs += (load(x_ptr, at, live),)
+        dts += (load(dt_ptr, at, live, float("-inf")),)
+        zs += (load(z_ptr, at, live),)
+        gs += (load(dy_ptr, at, live),)
+        resets += (load(reset_ptr, row + s, s < left),)
+    return xs, dts, zs, gs, resets
 
 
 @triton.jit
@@ -91,15 +94,14 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.const
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     first = since + (k % chunks).to(tl.int32) * chunk
     end = tl.minimum(first + chunk, l)
-    until = tl.where(c < d, end, 0)                                        # where a channel's steps end
     # States lie (n, d), so that neighbouring threads read neighbours; the one of a token (d, n), as it came.
     tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n     # (N, CHANNELS)
-    return k, k // chunks, first, end, until, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
+    return k, k // chunks, first, end, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
 
 
 # Arguments of both big kernels: x_ptr, dt_ptr, z_ptr (None: no gate) and dy_ptr are (b, l, d), A (n, d), D
-# and bias (d,). B and C (b, l, n) and reset (b, l), which is ENDLESS where a document starts and else 0 (None: no
-# document does), go on with zeros to a whole number of blocks. For the lengths and k see begin.
+# and bias (d,), B and C (b, l, n) with zeros after l up to whole blocks, reset (b, l) ENDLESS where a
+# document starts and else 0 (None: none does). For the lengths and k see begin.
 #
 # A thread a channel: that is the compiler's choice where it does not know these pointers to be aligned. If it
 # knew, it would load four channels a thread and spread each channel's states over four threads.
@@ -114,7 +116,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
                 decay_ptr,             # (b, chunks, n, d) out: each chunk's decay; or None
                 l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
                 CHANNELS: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, first, end, until, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
     A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
     h, dh = tl.zeros((N, CHANNELS), tl.float32), tl.zeros((N, CHANNELS), tl.float32)
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
@@ -122,21 +124,17 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
         h = load(enter_ptr, k * n * d + tile, live)
     due, kept = first, k * (chunk // keep)         # the step to keep h at next, and where
     for t in range(first, end, STEPS):
-        left, at, row = until - t, (seq * l + t) * d + c, seq * tl.cdiv(l, STEPS) * STEPS + t
-        if kept_ptr is not None:
-            if dy_ptr is not None or t == due:
-                tl.store(kept_ptr + kept * n * d + tile, h, live)
-                due += keep
-                kept += 1
-        xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
-        dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)   # delta = 0 past the end: no change
-        zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
-        gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
-        resets = load_steps(reset_ptr, row, STEPS, 1, 0.0, STEPS)
+        row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
+        if kept_ptr is not None and (dy_ptr is not None or t == due):
+            tl.store(kept_ptr + kept * n * d + tile, h, live)
+            due += keep
+            kept += 1
+        xs, dts, zs, gs, resets = load_block(
+            x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         ys = ()
         for s in tl.static_range(STEPS):
             delta = softplus(dts[s] + bias)
-            B, C = load(B_ptr, (row + s) * n + i, i < n), load(C_ptr, (row + s) * n + i, i < n)
+            B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
             a = tl.exp2((delta + resets[s])[None, :] * A)
             h = a * h + (delta * xs[s])[None, :] * B[:, None]
             time += delta + resets[s]
@@ -151,7 +149,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
                     ys += (gs[s] * y * gate * (1 + zs[s] * (1 - gate)),)
         if y_ptr is not None:
             for s in tl.static_range(STEPS):
-                tl.store(y_ptr + at + s * d, ys[s], mask=s < left)
+                tl.store(y_ptr + (row + s) * d + c, ys[s], s < left)
     tl.store(end_ptr + k * n * d + tile, h if dy_ptr is None else dh, live)
     if decay_ptr is not None:                      # the product of all exp(delta_t A): exp(A time)
         tl.store(decay_ptr + k * n * d + tile, tl.exp2(time[None, :] * A) if dy_ptr is None else decay, live)
@@ -198,31 +196,28 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
                    sums_ptr,           # (b, chunks, n + 2, d) out: dA, dD and dbias, of these steps
                    l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
                    CHANNELS: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, first, end, until, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
     A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
     dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros((N, CHANNELS), tl.float32)
     dD, dbias = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     for back in range(0, end - first, STEPS):
         t = first + (end - first - 1) // STEPS * STEPS - back
-        left, at, row = until - t, (seq * l + t) * d + c, seq * tl.cdiv(l, STEPS) * STEPS + t
+        row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
         block = k * (chunk // STEPS) + (t - first) // STEPS
-        xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
-        dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)
-        zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
-        gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
-        resets = load_steps(reset_ptr, row, STEPS, 1, 0.0, STEPS)
+        xs, dts, zs, gs, resets = load_block(
+            x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         h = load(blocks_ptr, block * n * d + tile, live)
         deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
             us += (tl.exp2((deltas[s] + resets[s])[None, :] * A) * h,)
-            h = us[s] + ws[s][None, :] * load(B_ptr, (row + s) * n + i, i < n)[:, None]
+            h = us[s] + ws[s][None, :] * load(B_ptr, (padded + s) * n + i, i < n)[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
             # The mask changes nothing, but the compiler cannot know. It would keep each a_t of the walk above
             # for the end of this step, in registers that are not there: one more exp2 is cheaper.
             delta, g = tl.where(s < left, deltas[s], 0.0), gs[s] * silu(zs[s], z_ptr)
-            B, C = load(B_ptr, (row + s) * n + i, i < n), load(C_ptr, (row + s) * n + i, i < n)
+            B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
             dh += C[:, None] * g[None, :]
             dBC = dBC_ptr + (tl.program_id(0).to(tl.int64) * chunk + t - first + s) * 2 * n + i
             tl.store(dBC, tl.sum(dh * ws[s][None, :], 1), i < n)
@@ -233,8 +228,8 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
             ddt = (tl.sum(du * A, 0) / LOG2E + sum_B * xs[s]) * tl.sigmoid(dts[s] + bias)
             dD += g * xs[s]
             dbias += ddt
-            tl.store(dx_ptr + at + s * d, delta * sum_B + D * g, mask=s < left)
-            tl.store(ddt_ptr + at + s * d, ddt, mask=s < left)
+            tl.store(dx_ptr + (row + s) * d + c, delta * sum_B + D * g, s < left)
+            tl.store(ddt_ptr + (row + s) * d + c, ddt, s < left)
             dh *= tl.exp2((delta + resets[s])[None, :] * A)
     sums = sums_ptr + k * (n + 2) * d
     tl.store(sums + tile, dA, live)
@@ -250,7 +245,7 @@ Maybe = Tensor | None
 def launch(kernel, programs: int, *args, **sizes) -> None:
     # Triton launches on the current device, which may be another. A grid's y and z end at 65535: x alone.
     with torch.cuda.device_of(args[0]):
-        kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1, enable_fp_fusion=True)
+        kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1)
 
 
 def turned(t: Tensor) -> Tensor:
@@ -258,14 +253,17 @@ def turned(t: Tensor) -> Tensor:
     return t.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
-def prepare(x, dt, A, B, C, D, dt_bias, z, reset) -> tuple[list, dict]:
+def whole(t: Tensor) -> Tensor:
+    """(b, l, n) -> fp32, with zeros after l up to a whole number of blocks."""
+    return F.pad(t.float(), (0, 0, 0, -t.shape[1] % STEPS))
+
+
+def prepare(x, dt, z, A, B, C, D, dt_bias, reset) -> tuple[list, dict]:
     """The first nine arguments of both big kernels, and the sizes they share."""
-    (_, l, d), n, more = x.shape, A.shape[1], -x.shape[1] % STEPS
-    x, dt, z, D, dt_bias = (t if t is None else t.contiguous() for t in (x, dt, z, D, dt_bias))
-    B, C = (F.pad(t.float(), (0, 0, 0, more)).contiguous() for t in (B, C))
-    reset = reset if reset is None else F.pad(reset * ENDLESS, (0, more)).contiguous()
-    sizes = dict(l=l, d=d, n=n, N=triton.next_power_of_2(n), STEPS=STEPS)
-    return [x, dt, z, turned(A), B, C, D, dt_bias, reset], sizes
+    inputs = x, dt, z, A, B, C, D, dt_bias, reset if reset is None else reset * ENDLESS
+    (_, l, d), n = x.shape, B.shape[2]
+    sizes = dict(l=l, since=0, d=d, n=n, N=triton.next_power_of_2(n), STEPS=STEPS)
+    return [t if t is None else t.contiguous() for t in inputs], sizes
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -282,15 +280,14 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
          z: Maybe, reset: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """y, h, and the states that the backward starts from."""
     (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), turned(h0)
-    inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
+    inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
     chunks, new = triton.cdiv(l, chunk), partial(torch.empty, device=x.device)
-    sizes.update(since=0, chunk=chunk, chunks=chunks, keep=keep)
+    sizes.update(chunk=chunk, chunks=chunks, keep=keep)
     programs, states = b * chunks * triton.cdiv(d, CHANNELS), (b, chunks, n, d)
     if chunks > 1:
         carry, enter, decay = enter, new(states), new(states)
         launch(scan_kernel, programs, *inputs, None, None, None, None, enter, decay, **sizes)
-        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), carry, decay, enter, chunks, size=n * d,
-               FROM_END=False)
+        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), carry, decay, enter, chunks, n * d, False)
     y, kept, end = new(x.shape, dtype=x.dtype), new(b, chunks * chunk // keep, n, d), new(states)
     launch(scan_kernel, programs, *inputs, None, enter, y, kept, end, None, **sizes)
     return y, turned(end[:, -1]), kept
@@ -308,7 +305,7 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
                   h0: Tensor, z: Maybe, reset: Maybe, kept: Tensor, dy: Tensor, dh: Tensor) -> list[Tensor]:
     """The gradients of the first nine, or eight without z."""
     grads = dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
-    inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
+    inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
     (b, l, d), n, (_, chunk), tiles = x.shape, A.shape[1], cut_time(x), triton.cdiv(x.shape[2], CHANNELS)
     new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), turned(dh), 0
     bytes_a_chunk = 4 * b * chunk * tiles * n * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
@@ -321,8 +318,7 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         dBC, part = new(b, chunks, tiles, chunk, 2, n), new(b, chunks, n + 2, d)
         launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
-        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), dh, decay, local, chunks, size=n * d,
-               FROM_END=True)
+        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), dh, decay, local, chunks, n * d, True)
         launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
         dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since].unbind(2)
@@ -353,11 +349,9 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
     """One token: returns y (b, 1, d) and overwrites the state h (b, d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
-    (b, _, d), n, y = x.shape, A.shape[1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inputs = [t if t is None else t.contiguous() for t in (x, dt, z, A, B, C, D, dt_bias)]
-    reset = reset if reset is None else reset * ENDLESS
-    launch(scan_kernel, b * triton.cdiv(d, CHANNELS), *inputs, reset, None, h, y, None, h, None, l=1, since=0,
-           chunk=1, chunks=1, keep=1, d=d, n=n, N=triton.next_power_of_2(n), STEPS=1)
+    y, (inputs, sizes) = torch.empty_like(x), prepare(x, dt, z, A, B, C, D, dt_bias, reset)
+    sizes.update(chunk=1, chunks=1, keep=1, STEPS=1)
+    launch(scan_kernel, len(x) * triton.cdiv(len(A), CHANNELS), *inputs, None, h, y, None, h, None, **sizes)
     return y
 
 
