@@ -1,11 +1,8 @@
-"""The selective scan for a GPU: the recurrence of scan.py as four Triton kernels.
+"""The selective scan for a GPU: the recurrence of scan.py, which says it as a loop, as three Triton kernels.
 
     delta_t = softplus(dt_t + dt_bias)
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     (Mamba Eq. 2a; h_{t-1} is 0 where reset_t is set)
     y_t = (C_t . h_t + D x_t) * SiLU(z_t)              (Mamba Eq. 2b, with skip and gate)
-
-Read scan.py first: it says this as a loop. mamba.py, next, calls it. Sizes: b batch, l length, d channels, n
-states a channel, N: n padded to a power of two. States and sums are in fp32.
 
 The one idea. A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in
 memory. But a sequence of the 7B gives 8192 threads, and an H100 wants ten times as many. So time is cut into
@@ -16,9 +13,10 @@ chunks and walked twice, for over a chunk the recurrence is one affine map, h_en
 When the batch alone fills the GPU there is one chunk, and passes 1 and 2 fall away: see chunk_count. Pass 3
 keeps a state every 256 steps or so, and from these the backward runs the same machine from the end.
 
-`python scan_triton.py` compiles it all for an H100, GPU or not, and prints what it costs. These kernels are
-verified in Triton's interpreter (TRITON_INTERPRET=1 runs them on the CPU) and compiled for H100, A100, MI300,
-not yet timed on one: without a GPU the times printed are estimates from counted instructions.
+`python scan_triton.py` compiles it for an H100, GPU or not, and prints what it costs, estimated from counted
+instructions: verified in Triton's interpreter (TRITON_INTERPRET=1 runs it on the CPU) and compiled for H100,
+A100 and MI300, these kernels are not yet timed on one. Next: mamba.py. Sizes: b batch, l length, d channels,
+n states a channel, N: n padded to a power of two. States and sums are in fp32.
 """
 from functools import partial
 
@@ -37,7 +35,7 @@ STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjo
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
-ENDLESS = tl.constexpr(1e30)                  # the step on which a document starts: it forgets everything
+ENDLESS = 1e30       # the length of the step on which a document starts: it forgets everything
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # one compilation serves them all
 
 
@@ -67,72 +65,79 @@ def silu(z, z_ptr):
 
 
 @triton.jit
-def load_steps(ptr, at, left, d: tl.constexpr, other: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used: `other` past the end, 0 without such a tensor.
-    rows = ()
-    for s in tl.static_range(STEPS):
-        rows += (0.0 if ptr is None else tl.load(ptr + at + s * d, s < left, other).to(tl.float32),)
-    return rows
+def load(ptr, at, mask, other: tl.constexpr = 0.0):
+    return 0.0 if ptr is None else tl.load(ptr + at, mask, other).to(tl.float32)     # 0 without such a tensor
 
 
 @triton.jit
-def begin(A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr,
-          CHANNELS: tl.constexpr):
-    # A program takes CHANNELS channels, c, through steps first to end - 1 of one sequence, in one of the
-    # chunks after step `since`. States lie tile by tile, (b, chunks, tiles, N, CHANNELS), padded; this
-    # program's are at `state`. Offsets are int64: b * l * d passes 2^31.
+def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
+    # A block's rows, all requested before the first is used. After the end delta is 0, which changes nothing.
+    xs, dts, zs, gs, resets = (), (), (), (), ()
+    for s in tl.static_range(STEPS):
+        at, live = (row + s) * d + c, s < tl.where(c < d, left, 0)
+        xs += (load(x_ptr, at, live),)
+        dts += (load(dt_ptr, at, live, float("-inf")),)
+        zs += (load(z_ptr, at, live),)
+        gs += (load(dy_ptr, at, live),)
+        resets += (load(reset_ptr, row + s, s < left),)
+    return xs, dts, zs, gs, resets
+
+
+@triton.jit
+def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
+          STEPS: tl.constexpr):
+    # Each sequence has `chunks` chunks of `chunk` steps, from step `since` on. A program takes CHANNELS
+    # channels, c, through one chunk, the k-th of all sequences': steps first to end - 1 of sequence
+    # k // chunks. k is int64, and so is every offset made from it: b * l * d passes 2^31.
     tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
-    p, i, n = tl.program_id(0), tl.arange(0, CHANNELS), tl.arange(0, N)
-    c = p % tiles * CHANNELS + i
-    seq, first = (p // tiles // chunks).to(tl.int64), since + p // tiles % chunks * chunk
+    k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, N)
+    c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    first = since + (k % chunks).to(tl.int32) * chunk
     end = tl.minimum(first + chunk, l)
-    until = tl.where(c < d, end, 0)                                        # where a channel's steps end
-    tile = n[:, None] * CHANNELS + i[None, :]                              # (N, CHANNELS)
-    state = p.to(tl.int64) * N * CHANNELS + tile                           # (N, CHANNELS)
-    A = tl.load(A_ptr + p % tiles * N * CHANNELS + tile)                   # (N, CHANNELS), times log2(e)
-    return c, n, seq, first, end, until, tile, state, A, tl.load(D_ptr + c), tl.load(bias_ptr + c)
+    # States lie (n, d), so that neighbouring threads read neighbours; the one of a token (d, n), as it came.
+    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n     # (N, CHANNELS)
+    return k, k // chunks, first, end, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
 
 
+# Arguments of both big kernels: x_ptr, dt_ptr, z_ptr (None: no gate) and dy_ptr are (b, l, d), A (n, d), D
+# and bias (d,), B and C (b, l, n) with zeros after l up to whole blocks, reset (b, l) ENDLESS where a
+# document starts and else 0 (None: none does). For the lengths and k see begin.
+#
 # A thread a channel: that is the compiler's choice where it does not know these pointers to be aligned. If it
 # knew, it would load four channels a thread and spread each channel's states over four threads.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr,
-                dy_ptr,                # (b, l, d): the backward, which begins with this walk too; else None
-                enter_ptr,             # (b, chunks) tiles: what enters each chunk; None: zero
+                dy_ptr,                # the backward, which begins with this walk too; else None
+                enter_ptr,             # (b, chunks, n, d): what enters each chunk; None: zero
                 y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
-                kept_ptr,              # (chunk / keep, b, chunks) tiles out: what enters each part; or None
-                end_ptr,               # (b, chunks) tiles out: what leaves each chunk; backward: its local dh
-                decay_ptr,             # (b, chunks) tiles out: each chunk's decay; or None
-                l, since, chunk, chunks, keep, d: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
-                STEPS: tl.constexpr):
-    c, n, seq, first, end, until, tile, state, A, D, bias = begin(
-        A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d, N, CHANNELS)
+                kept_ptr,              # (b, chunks * chunk / keep, n, d) out: h every `keep` steps; or None
+                end_ptr,               # (b, chunks, n, d) out: what leaves each chunk; backward: local dh
+                decay_ptr,             # (b, chunks, n, d) out: each chunk's decay; or None
+                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
+                CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+    A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
     h, dh = tl.zeros((N, CHANNELS), tl.float32), tl.zeros((N, CHANNELS), tl.float32)
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
-        h = tl.load(enter_ptr + state)
-    due, kept = first, seq * 0                     # the step to keep h at next; the tiles kept before, int64
+        h = load(enter_ptr, k * n * d + tile, live)
+    due, kept = first, k * (chunk // keep)         # the step to keep h at next, and where
     for t in range(first, end, STEPS):
-        left, at = until - t, (seq * l + t) * d + c
-        at_BC = (seq * tl.cdiv(l, STEPS) * STEPS + t) * N + n
-        if kept_ptr is not None:
-            if dy_ptr is not None or t == due:
-                tl.store(kept_ptr + kept * N * CHANNELS + state, h)
-                due += keep
-                kept += tl.num_programs(0)
-        xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
-        dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)   # delta = 0 past the end: no change
-        zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
-        gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
-        resets = load_steps(reset_ptr, seq * l + t, end - t, 1, 0.0, STEPS)
+        row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
+        if kept_ptr is not None and (dy_ptr is not None or t == due):
+            tl.store(kept_ptr + kept * n * d + tile, h, live)
+            due += keep
+            kept += 1
+        xs, dts, zs, gs, resets = load_block(
+            x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         ys = ()
         for s in tl.static_range(STEPS):
             delta = softplus(dts[s] + bias)
-            B, C = tl.load(B_ptr + at_BC + s * N), tl.load(C_ptr + at_BC + s * N)
-            a = tl.exp2((delta + resets[s] * ENDLESS)[None, :] * A)
+            B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
+            a = tl.exp2((delta + resets[s])[None, :] * A)
             h = a * h + (delta * xs[s])[None, :] * B[:, None]
-            time += delta + resets[s] * ENDLESS
+            time += delta + resets[s]
             y = tl.sum(C[:, None] * h, 0) + D * xs[s]
             if dy_ptr is None:
                 ys += (y * silu(zs[s], z_ptr),)
@@ -144,26 +149,27 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
                     ys += (gs[s] * y * gate * (1 + zs[s] * (1 - gate)),)
         if y_ptr is not None:
             for s in tl.static_range(STEPS):
-                tl.store(y_ptr + at + s * d, ys[s], mask=s < left)
-    tl.store(end_ptr + state, h if dy_ptr is None else dh)
+                tl.store(y_ptr + (row + s) * d + c, ys[s], s < left)
+    tl.store(end_ptr + k * n * d + tile, h if dy_ptr is None else dh, live)
     if decay_ptr is not None:                      # the product of all exp(delta_t A): exp(A time)
-        tl.store(decay_ptr + state, tl.exp2(time[None, :] * A) if dy_ptr is None else decay)
+        tl.store(decay_ptr + k * n * d + tile, tl.exp2(time[None, :] * A) if dy_ptr is None else decay, live)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def carry_kernel(start_ptr,            # (b, size) what enters the first chunk (from the end: the last)
-                 decay_ptr,            # (b, chunks, size)
-                 local_ptr,            # (b, chunks, size) read, then overwritten with what enters the chunk
-                 final_ptr,            # (b, size) out: what leaves after all of them
+def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwritten with what leaves
+                 decay_ptr,            # (b, chunks, size), size = n * d
+                 local_ptr,            # (b, chunks, size): overwritten with what enters each chunk
                  chunks, size: tl.constexpr, FROM_END: tl.constexpr, CHANNELS: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    h = tl.load(start_ptr + i)
+    tiles: tl.constexpr = (size + CHANNELS - 1) // CHANNELS
+    seq = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    h = load(carry_ptr, seq * size + i, i < size)
     for k in range(chunks):
-        at = (i // size * chunks + (chunks - 1 - k if FROM_END else k)) * size + i % size
-        decay, local = tl.load(decay_ptr + at), tl.load(local_ptr + at)
-        tl.store(local_ptr + at, h)
+        at = (seq * chunks + (chunks - 1 - k if FROM_END else k)) * size + i
+        decay, local = load(decay_ptr, at, i < size), load(local_ptr, at, i < size)
+        tl.store(local_ptr + at, h, i < size)
         h = decay * h + local
-    tl.store(final_ptr + i, h)
+    tl.store(carry_ptr + seq * size + i, h, i < size)
 
 
 # Backward. Write dh_t for dL/dh_t, g_t = dy_t SiLU(z_t) for the gradient at the ungated y, a_t for
@@ -183,80 +189,52 @@ def carry_kernel(start_ptr,            # (b, size) what enters the first chunk (
 # compiler does know the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, dy_ptr,
-                   blocks_ptr,         # (chunk / STEPS, b, chunks) tiles: what enters each block
-                   dh_ptr,             # (b, chunks) tiles: what enters each chunk from its end
+                   blocks_ptr,         # (b, chunks * chunk / STEPS, n, d): what enters each block
+                   dh_ptr,             # (b, chunks, n, d): what enters each chunk from its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
-                   dBC_ptr,            # (b, chunks, tiles, chunk, 2, N) out: dB and dC, of these channels
-                   sums_ptr,           # (b, chunks, tiles, N + 2, CHANNELS) out: dA, dD, dbias of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
-                   STEPS: tl.constexpr):
-    c, n, seq, first, end, until, tile, state, A, D, bias = begin(
-        A_ptr, D_ptr, bias_ptr, l, since, chunk, chunks, d, N, CHANNELS)
-    p, dh, dA = tl.program_id(0).to(tl.int64), tl.load(dh_ptr + state), tl.zeros((N, CHANNELS), tl.float32)
+                   dBC_ptr,            # (b, chunks, tiles, chunk, 2, n) out: dB and dC, of these channels
+                   sums_ptr,           # (b, chunks, n + 2, d) out: dA, dD and dbias, of these steps
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
+                   CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+    A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
+    dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros((N, CHANNELS), tl.float32)
     dD, dbias = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     for back in range(0, end - first, STEPS):
         t = first + (end - first - 1) // STEPS * STEPS - back
-        left, at = until - t, (seq * l + t) * d + c
-        at_BC = (seq * tl.cdiv(l, STEPS) * STEPS + t) * N + n
-        block = (t - first) // STEPS * tl.num_programs(0).to(tl.int64)
-        xs = load_steps(x_ptr, at, left, d, 0.0, STEPS)
-        dts = load_steps(dt_ptr, at, left, d, float("-inf"), STEPS)
-        zs = load_steps(z_ptr, at, left, d, 0.0, STEPS)
-        gs = load_steps(dy_ptr, at, left, d, 0.0, STEPS)
-        resets = load_steps(reset_ptr, seq * l + t, end - t, 1, 0.0, STEPS)
-        h = tl.load(blocks_ptr + block * N * CHANNELS + state)
+        row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
+        block = k * (chunk // STEPS) + (t - first) // STEPS
+        xs, dts, zs, gs, resets = load_block(
+            x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
+        h = load(blocks_ptr, block * n * d + tile, live)
         deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
-            us += (tl.exp2((deltas[s] + resets[s] * ENDLESS)[None, :] * A) * h,)
-            h = us[s] + ws[s][None, :] * tl.load(B_ptr + at_BC + s * N)[:, None]
+            us += (tl.exp2((deltas[s] + resets[s])[None, :] * A) * h,)
+            h = us[s] + ws[s][None, :] * load(B_ptr, (padded + s) * n + i, i < n)[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
             # The mask changes nothing, but the compiler cannot know. It would keep each a_t of the walk above
             # for the end of this step, in registers that are not there: one more exp2 is cheaper.
             delta, g = tl.where(s < left, deltas[s], 0.0), gs[s] * silu(zs[s], z_ptr)
-            B, C = tl.load(B_ptr + at_BC + s * N), tl.load(C_ptr + at_BC + s * N)
+            B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
             dh += C[:, None] * g[None, :]
-            dBC = dBC_ptr + (p * chunk + t - first + s) * 2 * N + n
-            tl.store(dBC, tl.sum(dh * ws[s][None, :], 1))
-            tl.store(dBC + N, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1))
+            dBC = dBC_ptr + (tl.program_id(0).to(tl.int64) * chunk + t - first + s) * 2 * n + i
+            tl.store(dBC, tl.sum(dh * ws[s][None, :], 1), i < n)
+            tl.store(dBC + n, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1), i < n)
             du = dh * us[s]
             dA += du * delta[None, :]
             sum_B = tl.sum(dh * B[:, None], 0)
             ddt = (tl.sum(du * A, 0) / LOG2E + sum_B * xs[s]) * tl.sigmoid(dts[s] + bias)
             dD += g * xs[s]
             dbias += ddt
-            tl.store(dx_ptr + at + s * d, delta * sum_B + D * g, mask=s < left)
-            tl.store(ddt_ptr + at + s * d, ddt, mask=s < left)
-            dh *= tl.exp2((delta + resets[s] * ENDLESS)[None, :] * A)
-    sums = sums_ptr + p * (N + 2) * CHANNELS
-    tl.store(sums + tile, dA)
-    tl.store(sums + N * CHANNELS + tl.arange(0, CHANNELS), dD)
-    tl.store(sums + (N + 1) * CHANNELS + tl.arange(0, CHANNELS), dbias)
-
-
-@triton.jit
-def step_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, h_ptr, y_ptr,
-                d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr):
-    # One token, for decoding: it overwrites h (b, d, n), and masks take the place of padded copies.
-    tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
-    p, i = tl.program_id(0), tl.arange(0, N)
-    seq, c = (p // tiles).to(tl.int64), p % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    at, tile = seq * d + c, c[:, None] * n + i[None, :]                    # (CHANNELS,), (CHANNELS, N)
-    live = (c < d)[:, None] & (i < n)[None, :]                             # (CHANNELS, N)
-    A, h = tl.load(A_ptr + tile, live, 0.0).to(tl.float32), tl.load(h_ptr + seq * d * n + tile, live, 0.0)
-    B = tl.load(B_ptr + seq * n + i, i < n, 0.0).to(tl.float32)
-    C = tl.load(C_ptr + seq * n + i, i < n, 0.0).to(tl.float32)
-    x, dt = tl.load(x_ptr + at, c < d, 0.0).to(tl.float32), tl.load(dt_ptr + at, c < d, 0.0).to(tl.float32)
-    delta = softplus(dt + tl.load(bias_ptr + c, c < d, 0.0))
-    if reset_ptr is not None:
-        h = tl.where(tl.load(reset_ptr + seq) != 0, 0.0, h)
-    h = tl.exp2(delta[:, None] * (A * LOG2E)) * h + (delta * x)[:, None] * B[None, :]
-    y = tl.sum(C[None, :] * h, 1) + tl.load(D_ptr + c, c < d, 0.0) * x
-    if z_ptr is not None:
-        y *= silu(tl.load(z_ptr + at, c < d, 0.0).to(tl.float32), z_ptr)
-    tl.store(h_ptr + seq * d * n + tile, h, live)
-    tl.store(y_ptr + at, y, c < d)
+            tl.store(dx_ptr + (row + s) * d + c, delta * sum_B + D * g, s < left)
+            tl.store(ddt_ptr + (row + s) * d + c, ddt, s < left)
+            dh *= tl.exp2((delta + resets[s])[None, :] * A)
+    sums = sums_ptr + k * (n + 2) * d
+    tl.store(sums + tile, dA, live)
+    tl.store(sums + n * d + c, dD, c < d)
+    tl.store(sums + (n + 1) * d + c, dbias, c < d)
 
 
 # What PyTorch sees: operators that are opaque to torch.compile, with rules for shapes and for the gradient.
@@ -267,28 +245,25 @@ Maybe = Tensor | None
 def launch(kernel, programs: int, *args, **sizes) -> None:
     # Triton launches on the current device, which may be another. A grid's y and z end at 65535: x alone.
     with torch.cuda.device_of(args[0]):
-        kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1, enable_fp_fusion=True)
+        kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1)
 
 
-def pack(t: Tensor) -> Tensor:
-    """(..., d, n) -> (..., tiles, N, CHANNELS), padded with zeros, in fp32."""
-    d, n = t.shape[-2:]
-    t = F.pad(t.float(), (0, triton.next_power_of_2(n) - n, 0, -d % CHANNELS))
-    return t.unflatten(-2, (triton.cdiv(d, CHANNELS), CHANNELS)).mT.contiguous()
+def turned(t: Tensor) -> Tensor:
+    """(..., d, n) -> a copy (..., n, d) in fp32."""
+    return t.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
-def unpack(t: Tensor, d: int, n: int) -> Tensor:
-    return t.mT.flatten(-3, -2)[..., :d, :n]
+def whole(t: Tensor) -> Tensor:
+    """(b, l, n) -> fp32, with zeros after l up to a whole number of blocks."""
+    return F.pad(t.float(), (0, 0, 0, -t.shape[1] % STEPS))
 
 
-def prepare(x, dt, A, B, C, D, dt_bias, z, reset) -> tuple[list, dict]:
+def prepare(x, dt, z, A, B, C, D, dt_bias, reset) -> tuple[list, dict]:
     """The first nine arguments of both big kernels, and the sizes they share."""
-    (_, l, d), extra = x.shape, triton.next_power_of_2(A.shape[1]) - A.shape[1]
-    x, dt, z, reset = (t if t is None else t.contiguous() for t in (x, dt, z, reset))
-    B, C = (F.pad(t.float(), (0, extra, 0, -l % STEPS)).contiguous() for t in (B, C))    # 0 adds nothing
-    D, dt_bias = (F.pad(t.float(), (0, -d % CHANNELS)).contiguous() for t in (D, dt_bias))
-    A = pack(A) * LOG2E.value                                              # (tiles, N, CHANNELS)
-    return [x, dt, z, A, B, C, D, dt_bias, reset], dict(l=l, d=d, N=A.shape[1], STEPS=STEPS)
+    inputs = x, dt, z, A, B, C, D, dt_bias, reset if reset is None else reset * ENDLESS
+    (_, l, d), n = x.shape, B.shape[2]
+    sizes = dict(l=l, since=0, d=d, n=n, N=triton.next_power_of_2(n), STEPS=STEPS)
+    return [t if t is None else t.contiguous() for t in inputs], sizes
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -300,38 +275,29 @@ def cut_time(x: Tensor) -> tuple[int, int]:
     return parts * keep, keep
 
 
-def carry(start: Tensor, decay: Tensor, local: Tensor, from_end: bool) -> Tensor:
-    """Turn each chunk's local, in place, into what enters it; return what leaves them all."""
-    final, size = torch.empty_like(start), start.shape[1:].numel()
-    launch(carry_kernel, start.numel() // CHANNELS, start, decay, local, final, decay.shape[1], size=size,
-           FROM_END=from_end)
-    return final
-
-
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=())
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, h0: Tensor,
          z: Maybe, reset: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """y, h, and the states that the backward starts from."""
-    (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), pack(h0)
-    inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    sizes.update(since=0, chunk=chunk, chunks=triton.cdiv(l, chunk), keep=keep)
-    states = b, sizes["chunks"], *enter.shape[1:]                          # (b, chunks, tiles, N, CHANNELS)
-    new, programs = partial(torch.empty, device=x.device), b * states[1] * states[2]
-    if states[1] > 1:
-        start, enter, decay = enter, new(states), new(states)
+    (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), turned(h0)
+    inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
+    chunks, new = triton.cdiv(l, chunk), partial(torch.empty, device=x.device)
+    sizes.update(chunk=chunk, chunks=chunks, keep=keep)
+    programs, states = b * chunks * triton.cdiv(d, CHANNELS), (b, chunks, n, d)
+    if chunks > 1:
+        carry, enter, decay = enter, new(states), new(states)
         launch(scan_kernel, programs, *inputs, None, None, None, None, enter, decay, **sizes)
-        carry(start, decay, enter, from_end=False)
-    y, kept, end = new(x.shape, dtype=x.dtype), new(chunk // keep, *states), new(states)
+        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), carry, decay, enter, chunks, n * d, False)
+    y, kept, end = new(x.shape, dtype=x.dtype), new(b, chunks * chunk // keep, n, d), new(states)
     launch(scan_kernel, programs, *inputs, None, enter, y, kept, end, None, **sizes)
-    kept = kept.movedim(0, 2).flatten(1, 2)[:, :triton.cdiv(l, keep)].contiguous()
-    return y, unpack(end[:, -1], d, n).contiguous(), kept
+    return y, turned(end[:, -1]), kept
 
 
 @scan.register_fake
 def _(x, dt, A, B, C, D, dt_bias, h0, z, reset):
-    (b, l, d), new = x.shape, partial(x.new_empty, dtype=torch.float32)
-    tile = triton.cdiv(d, CHANNELS), triton.next_power_of_2(A.shape[1]), CHANNELS
-    return x.new_empty(x.shape), new(b, *A.shape), new(b, triton.cdiv(l, cut_time(x)[1]), *tile)
+    (b, l, d), n, (chunk, keep) = x.shape, A.shape[1], cut_time(x)
+    h, kept = (b, d, n), (b, triton.cdiv(l, chunk) * chunk // keep, n, d)
+    return x.new_empty(x.shape), *(x.new_empty(size, dtype=torch.float32) for size in (h, kept))
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=())
@@ -339,26 +305,26 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
                   h0: Tensor, z: Maybe, reset: Maybe, kept: Tensor, dy: Tensor, dh: Tensor) -> list[Tensor]:
     """The gradients of the first nine, or eight without z."""
     grads = dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
-    inputs, sizes = prepare(x, dt, A, B, C, D, dt_bias, z, reset)
-    (b, l, d), n, (_, chunk), (_, total, tiles, N, _) = x.shape, A.shape[1], cut_time(x), kept.shape
-    new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), pack(dh), 0
-    bytes_a_chunk = 4 * b * chunk * tiles * N * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
-    group = max(1, SCRATCH // max(1, bytes_a_chunk))
+    inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
+    (b, l, d), n, (_, chunk), tiles = x.shape, A.shape[1], cut_time(x), triton.cdiv(x.shape[2], CHANNELS)
+    new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), turned(dh), 0
+    bytes_a_chunk = 4 * b * chunk * tiles * n * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
+    total, group = triton.cdiv(l, chunk), max(1, SCRATCH // max(1, bytes_a_chunk))
     for k in reversed(range(0, total, group)):
-        enter, since, chunks = kept[:, k:k + group].contiguous(), k * chunk, min(group, total - k)
+        since, chunks = k * chunk, min(group, total - k)
         sizes.update(since=since, chunk=chunk, chunks=chunks)
-        blocks, local, decay = new(chunk // STEPS, *enter.shape), new(enter.shape), new(enter.shape)
-        dBC, part = new(b, chunks, tiles, chunk, 2, N), new(b, chunks, tiles, N + 2, CHANNELS)
+        enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, n, d)
+        blocks, local, decay = new(b, chunks * chunk // STEPS, n, d), new(enter.shape), new(enter.shape)
+        dBC, part = new(b, chunks, tiles, chunk, 2, n), new(b, chunks, n + 2, d)
         launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
-        dh = carry(dh, decay, local, from_end=True)
+        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), dh, decay, local, chunks, n * d, True)
         launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
-        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since, :, :n].unbind(2)
-        sums = sums + part.sum((0, 1))                                     # (tiles, N + 2, CHANNELS)
+        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since].unbind(2)
+        sums = sums + part.sum((0, 1))                                     # (n + 2, d)
         del enter, blocks, local, decay, dBC, part                         # free again for the next group
-    for grad, value in ((dA, unpack(sums[:, :N], d, n)), (dD, sums[:, N].flatten()[:d]),
-                        (dbias, sums[:, N + 1].flatten()[:d]), (dh0, unpack(dh, d, n))):
+    for grad, value in ((dA, sums[:n].mT), (dD, sums[n]), (dbias, sums[n + 1]), (dh0, dh.mT)):
         grad.copy_(value)
     return grads
 
@@ -383,10 +349,9 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
     """One token: returns y (b, 1, d) and overwrites the state h (b, d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
-    (b, _, d), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inputs = (t if t is None else t.contiguous() for t in (x, dt, z, A, B, C, D, dt_bias, reset))
-    launch(step_kernel, b * triton.cdiv(d, CHANNELS), *inputs, h, y, d=d, n=A.shape[1],
-           N=triton.next_power_of_2(A.shape[1]))
+    y, (inputs, sizes) = torch.empty_like(x), prepare(x, dt, z, A, B, C, D, dt_bias, reset)
+    sizes.update(chunk=1, chunks=1, keep=1, STEPS=1)
+    launch(scan_kernel, len(x) * triton.cdiv(len(A), CHANNELS), *inputs, None, h, y, None, h, None, **sizes)
     return y
 
 

@@ -286,7 +286,7 @@ def test_one_token_is_a_scan_of_one_step(dtype):
     p = {k: v.detach() for k, v in problem(2, 1, 35, 3, dtype=dtype).items()}
     reset = torch.tensor([[True], [False]], device=DEVICE)
     for r in (None, reset):
-        y, h = selective_scan(**p, reset=r)                        # goes to step_kernel
+        y, h = selective_scan(**p, reset=r)                        # takes the step
         y_scan, h_scan, _ = scan_triton.scan(*(p[k] for k in NAMES), r)
         assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
         assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()
@@ -353,6 +353,16 @@ def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
     token = {k: v.detach()[:, :1] if v.dim() == 3 and k != "h0" else v.detach() for k, v in p.items()}
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(compiled(None, **token), selective_scan(**token)))
+
+
+def test_one_compilation_serves_any_batch_and_length(monkeypatch):
+    monkeypatch.setattr(scan_triton, "chunk_count", lambda b, l, d, sm_count: max(1, l // 6))    # symbolic
+    compiled = torch.compile(lambda reset, **p: selective_scan(**p, reset=reset), fullgraph=True,
+                             dynamic=True, backend="aot_eager")
+    for b, l in ((2, 5), (3, 9), (2, 14)):            # the last in two chunks
+        p, reset = problem(b, l, 3, 2), some_resets(b, l)
+        got, reference = results(compiled, p, reset), results(selective_scan, p, reset)
+        assert all(torch.equal(got[k], reference[k]) for k in reference)
 
 
 def test_fully_sharded_blocks_train_around_it(monkeypatch):

@@ -34,7 +34,7 @@ KERNELS = {                                 # label: kernel, its constants beyon
     "backward: replay": ("scan_kernel", {}),
     "backward: carry": ("carry_kernel", dict(FROM_END=True)),
     "backward: adjoint": ("adjoint_kernel", {}),
-    "one token: step": ("step_kernel", {}),
+    "one token: step": ("scan_kernel", dict(dy_ptr=None, kept_ptr=None, decay_ptr=None, STEPS=1)),
 }
 
 
@@ -42,12 +42,11 @@ def build(label: str, target: str, reset: bool = False):
     """Compile one kernel with the 7B's constants."""
     name, constants = KERNELS[label]
     kernel = getattr(st, name)
-    constants = dict(constants, d=d, n=n, N=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS)
+    constants = dict(d=d, n=n, N=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS) | constants
     if not reset:
         constants.update(reset_ptr=None)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    kinds = {k: INT if not k.endswith("_ptr") else "*i1" if k == "reset_ptr" else BF16 if k in ROWS else FP32
-             for k in kernel.arg_names}
+    kinds = {k: INT if not k.endswith("_ptr") else BF16 if k in ROWS else FP32 for k in kernel.arg_names}
     signature = {k: "constexpr" if k in constants else kinds[k] for k in kernel.arg_names}
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what a launch finds out
                if p.name.endswith("_ptr") and not (p.name in constants or p.do_not_specialize_on_alignment)}
@@ -153,7 +152,7 @@ def memory() -> tuple[int, int]:
             x, dt, z, dy, B, C = *(wide(b, l, d) for _ in range(4)), wide(b, l, n), wide(b, l, n)
             A, D, bias = (torch.empty(s, device="meta") for s in ((d, n), (d,), (d,)))
             h = torch.empty(b, d, n, device="meta")
-            enter = torch.empty(b, chunks(), d // st.CHANNELS, n, st.CHANNELS, device="meta")
+            enter = torch.empty(b, chunks(), n, d, device="meta")
             before = live.now
             grads = st.scan_backward._init_fn(x, dt, A, B, C, D, bias, h, z, None, enter, dy, h)
             return enter.nbytes, live.peak - before - sum(g.nbytes for g in grads)
