@@ -4,14 +4,19 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     (Mamba Eq. 2a; h_{t-1} is 0 where reset_t is set)
     y_t = (C_t . h_t + D x_t) * SiLU(z_t)              (Mamba Eq. 2b, with skip and gate)
 
+An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep, whose values lie in registers: values too
+many for these spill to memory, and a sum over threads takes shuffles between them. A Triton program is here
+one warp.
+
 The one idea. A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in
-memory. But a sequence of the 7B gives 8192 threads, and an H100 wants ten times as many. So time is cut into
-chunks and walked twice, for over a chunk the recurrence is one affine map, h_end = decay * h_start + local:
+memory. But a sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is
+cut into chunks and walked twice, as a chunk does no more than h_end = decay * h_start + local:
     pass 1   every chunk at once, from h = 0: its local and its decay         scan_kernel, without y
     pass 2   a short walk over chunks: the state that enters each             carry_kernel
     pass 3   every chunk at once, from the state that enters it: y            scan_kernel
 When the batch alone fills the GPU there is one chunk, and passes 1 and 2 fall away: see chunk_count. Pass 3
-keeps a state every 256 steps or so, and from these the backward runs the same machine from the end.
+keeps a state every 256 steps or so. The stretches between these are the backward's chunks, in which it runs
+the same three passes from the end.
 
 `python scan_triton.py` compiles it for an H100, GPU or not, and prints what it costs, estimated from counted
 instructions: verified in Triton's interpreter (TRITON_INTERPRET=1 runs it on the CPU) and compiled for H100,
@@ -30,28 +35,29 @@ try:
 except ImportError:
     raise ImportError('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = 32        # channels a program: one warp, one thread a channel, so sums over n stay inside a thread
+CHANNELS = 32        # channels a program: in scan_kernel a thread has one, and sums over n need no shuffles
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
 ENDLESS = 1e30       # the length of the step on which a document starts: it forgets everything
-LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # one compilation serves them all
+LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # not compiled again for 1 or multiples of 16
 
 
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
     """How many chunks to cut time into: one if channels alone fill the GPU, else enough for 64 warps an SM.
 
-    12 warps keep an SM's four schedulers busy; 64 are three rounds of what fits, so a last, partial one is
-    cheap. A chunk has at least 128 steps: its kept state of 4n bytes is then a quarter of its x in bf16."""
+    12 warps keep an SM busy while some of them wait for memory. About 20 fit at a time: 64 are three rounds,
+    so a last, partial one is cheap. A chunk has at least 128 steps: its kept state, 4n bytes a channel, is
+    then a quarter of its x in bf16."""
     warps = max(1, b * -(-d // CHANNELS))
     return 1 if warps >= 12 * sm_count else max(1, min(-(-64 * sm_count // warps), l // 128))
 
 
 @triton.jit
 def softplus(v):
-    # max(v, 0) + log1p(exp(-|v|)) never overflows, and above 17 it is v. log1p(e) = 2 artanh(e / (2 + e)), a
-    # series that keeps all digits of a small delta, where log(1 + e) would lose them.
+    # max(v, 0) + log1p(exp(-|v|)) never overflows, above 17 it rounds to v. log1p(e) = 2 artanh(e / (2 + e)),
+    # a series that keeps all digits of a small delta, where log(1 + e) would lose them.
     e = tl.exp2(tl.abs(v) * -LOG2E)
     r = e / (2 + e)
     q = r * r
@@ -71,7 +77,8 @@ def load(ptr, at, mask, other: tl.constexpr = 0.0):
 
 @triton.jit
 def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used. After the end delta is 0, which changes nothing.
+    # A block's rows, all requested before the first is used. After the end dt is -inf, so delta is 0, a step
+    # that changes nothing.
     xs, dts, zs, gs, resets = (), (), (), (), ()
     for s in tl.static_range(STEPS):
         at, live = (row + s) * d + c, s < tl.where(c < d, left, 0)
@@ -88,7 +95,8 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.const
           STEPS: tl.constexpr):
     # Each sequence has `chunks` chunks of `chunk` steps, from step `since` on. A program takes CHANNELS
     # channels, c, through one chunk, the k-th of all sequences': steps first to end - 1 of sequence
-    # k // chunks. k is int64, and so is every offset made from it: b * l * d passes 2^31.
+    # k // chunks. Its id is k * tiles + its tile of channels. k is int64, and so is every offset made from
+    # it, as b * l * d passes 2^31.
     tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
     k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, N)
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -103,8 +111,11 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.const
 # and bias (d,), B and C (b, l, n) with zeros after l up to whole blocks, reset (b, l) ENDLESS where a
 # document starts and else 0 (None: none does). For the lengths and k see begin.
 #
-# A thread a channel: that is the compiler's choice where it does not know these pointers to be aligned. If it
-# knew, it would load four channels a thread and spread each channel's states over four threads.
+# Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
+# skip the lines about dy, dh and decay at first.
+#
+# Triton compiles another kernel for pointers that are multiples of 16, and in that one would load four
+# channels a thread and spread the states of each over four threads. So those of states are kept out of it.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr,
@@ -122,10 +133,10 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
     decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
     if enter_ptr is not None:
         h = load(enter_ptr, k * n * d + tile, live)
-    due, kept = first, k * (chunk // keep)         # the step to keep h at next, and where
+    due, kept = first, k * (chunk // keep)         # the step at which to keep h next, and its place
     for t in range(first, end, STEPS):
         row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
-        if kept_ptr is not None and (dy_ptr is not None or t == due):
+        if kept_ptr is not None and t == due:
             tl.store(kept_ptr + kept * n * d + tile, h, live)
             due += keep
             kept += 1
@@ -151,7 +162,7 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
             for s in tl.static_range(STEPS):
                 tl.store(y_ptr + (row + s) * d + c, ys[s], s < left)
     tl.store(end_ptr + k * n * d + tile, h if dy_ptr is None else dh, live)
-    if decay_ptr is not None:                      # the product of all exp(delta_t A): exp(A time)
+    if decay_ptr is not None:      # the product of all exp(delta_t A): forward, exp(A time) at an add a step
         tl.store(decay_ptr + k * n * d + tile, tl.exp2(time[None, :] * A) if dy_ptr is None else decay, live)
 
 
@@ -181,12 +192,14 @@ def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwr
 #     ddelta_t = sum over n of (A a_t h_{t-1} + B_t x_t) dh_t,      ddt_t = ddelta_t sigmoid(dt_t + dt_bias)
 #
 # h runs forward, dh runs back, and h cannot be run back: that would divide by decays. So scan_kernel walks
-# each chunk once more and leaves h every STEPS steps in scratch. What a chunk adds to dh takes no more than
-# decays, so the same walk sums it: (a_1 ... a_t) C_t g_t over the chunk's t. carry_kernel turns that into the
-# dh that enters each chunk from its end, and adjoint_kernel walks back, a block's states in registers.
+# each chunk once more and leaves h every STEPS steps in scratch. What a chunk adds to dh, the sum over its t
+# of (a_1 ... a_t) C_t g_t, takes no more than decays, so the same walk sums it (pass 1). carry_kernel turns
+# that into the dh that enters each chunk from its end (pass 2), and adjoint_kernel walks back, with the
+# states of a block in registers (pass 3).
 #
-# dB and dC are sums over channels: with a thread a channel they would take 160 shuffles a step. Here the
-# compiler does know the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles.
+# dB and dC are sums over channels. With a thread a channel they would take 160 shuffles a step: 2 x 16 sums
+# in log2(32) moves. Here the compiler does know the pointers to be aligned and gives a thread 4 states of 4
+# channels: 40 shuffles.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, dy_ptr,
                    blocks_ptr,         # (b, chunks * chunk / STEPS, n, d): what enters each block
@@ -214,8 +227,8 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
             us += (tl.exp2((deltas[s] + resets[s])[None, :] * A) * h,)
             h = us[s] + ws[s][None, :] * load(B_ptr, (padded + s) * n + i, i < n)[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
-            # The mask changes nothing, but the compiler cannot know. It would keep each a_t of the walk above
-            # for the end of this step, in registers that are not there: one more exp2 is cheaper.
+            # After the end delta is 0 already. This mask hides from the compiler that the exp2 at the end was
+            # computed in the walk above: it would keep all of those in registers, run out of them and spill.
             delta, g = tl.where(s < left, deltas[s], 0.0), gs[s] * silu(zs[s], z_ptr)
             B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
             dh += C[:, None] * g[None, :]
@@ -243,9 +256,9 @@ Maybe = Tensor | None
 
 
 def launch(kernel, programs: int, *args, **sizes) -> None:
-    # Triton launches on the current device, which may be another. A grid's y and z end at 65535: x alone.
+    # On x's GPU, as Triton takes the current one. All in a grid's first axis: the others end at 65535.
     with torch.cuda.device_of(args[0]):
-        kernel[programs,](*args, **sizes, CHANNELS=CHANNELS, num_warps=1)
+        kernel[(programs,)](*args, **sizes, CHANNELS=CHANNELS, num_warps=1)
 
 
 def turned(t: Tensor) -> Tensor:
@@ -267,7 +280,7 @@ def prepare(x, dt, z, A, B, C, D, dt_bias, reset) -> tuple[list, dict]:
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
-    """Steps in a chunk of the forward, and from one kept state to the next: both are whole blocks."""
+    """Steps in a chunk of the forward, and from one kept state to the next, the backward's: whole blocks."""
     sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
     chunk = triton.cdiv(x.shape[1], chunk_count(*x.shape, sm_count))
     parts = triton.cdiv(chunk, KEEP)
@@ -278,7 +291,7 @@ def cut_time(x: Tensor) -> tuple[int, int]:
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=())
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, h0: Tensor,
          z: Maybe, reset: Maybe) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h, and the states that the backward starts from."""
+    """y, h, and the states that the backward starts from. z and reset come last, as they may be missing."""
     (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), turned(h0)
     inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
     chunks, new = triton.cdiv(l, chunk), partial(torch.empty, device=x.device)
@@ -304,7 +317,8 @@ def _(x, dt, A, B, C, D, dt_bias, h0, z, reset):
 def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
                   h0: Tensor, z: Maybe, reset: Maybe, kept: Tensor, dy: Tensor, dh: Tensor) -> list[Tensor]:
     """The gradients of the first nine, or eight without z."""
-    grads = dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
+    grads = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
+    dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = grads
     inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
     (b, l, d), n, (_, chunk), tiles = x.shape, A.shape[1], cut_time(x), triton.cdiv(x.shape[2], CHANNELS)
     new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), turned(dh), 0
@@ -349,7 +363,7 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
     """One token: returns y (b, 1, d) and overwrites the state h (b, d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
-    y, (inputs, sizes) = torch.empty_like(x), prepare(x, dt, z, A, B, C, D, dt_bias, reset)
+    y, (inputs, sizes) = x.new_empty(x.shape), prepare(x, dt, z, A, B, C, D, dt_bias, reset)
     sizes.update(chunk=1, chunks=1, keep=1, STEPS=1)
     launch(scan_kernel, len(x) * triton.cdiv(len(A), CHANNELS), *inputs, None, h, y, None, h, None, **sizes)
     return y

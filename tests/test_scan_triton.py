@@ -190,6 +190,11 @@ def test_one_step_of_any_strides_is_read_right():
     assert turned["x"].is_contiguous() and turned["x"].stride() == (4, 1, 1)
     plain, other = (results(selective_scan, q, None) for q in (p, turned))
     assert all(torch.equal(plain[k], other[k]) for k in plain)
+    columns = {k: v.mT.contiguous().mT if v.dim() == 2 else v.transpose(0, 2).contiguous().transpose(0, 2)
+               if v.dim() == 3 else v for k, v in p.items()}
+    with torch.no_grad():                                          # decoding, which takes another operator
+        for one, two in zip(selective_scan(**p), selective_scan(**columns)):
+            assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("wanted", [["h0"], ["A"], ["z", "dt_bias"], ["x"]], ids=str)
