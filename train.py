@@ -12,8 +12,11 @@
 The recipe is that of the report, arXiv 2410.05355, section 3; what it does not give is marked as our choice.
 All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the
 number of GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss
-curve. The engine is PyTorch's own: torchrun starts the processes, fully_shard (ZeRO) divides weights,
-gradients and Adam's averages among them, and torch.distributed.checkpoint saves them.
+curve. The engine is PyTorch's own. torchrun starts a process, a rank, for each of `world` GPUs. fully_shard
+(FSDP2, after ZeRO) leaves each rank its part of the weights, gradients and Adam's averages; it gathers a
+block's whole weights just before it runs, and adds up gradients over ranks. torch.distributed.checkpoint
+(dcp) saves and loads what is so divided. A step is one update of the weights; each rank makes its rows of the
+batch in passes, forward and backward, of at most --micro-batch rows.
 
 Sizes in the shape comments: b batch, l length, m d_model.
 """
@@ -57,7 +60,7 @@ from mamba import CheckpointError, Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
-SHUFFLED = 2**20           # rows in one order: a corpus may have billions, too many for a table of them
+GROUP = 2**20              # rows that are shuffled together: a corpus may have billions, too many for a table
 
 
 def flag(default, help, low=0, high=2**60):
@@ -74,9 +77,9 @@ class Recipe:
     decay_tokens: int = flag(400_000, "the last part, in which the learning rate decays")
     batch_start: int = flag(2, "sequences in the first step", 1, 2**20)
     batch_end: int = flag(8, "sequences in a step after the ramp", 1, 2**20)
-    stages: tuple[int] = flag((0,), "tokens seen at which each stage begins, as 0,400000")
-    context: tuple[int] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
-    mixture: tuple[str] = flag(("text:1",), "shares of the sources, as 'web:9 code:1', or one text a stage")
+    stages: tuple[int, ...] = flag((0,), "tokens seen at which each stage begins, as 0,400000")
+    context: tuple[int, ...] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
+    mixture: tuple[str, ...] = flag(("text:1",), "sources' shares, as 'web:9 code:1', or one text a stage")
     lr: float = flag(4e-3, "the learning rate's peak")
     decay_factor: float = flag(256, "by which the learning rate decays in all", 1)
     weight_decay: float = flag(0.1, "AdamW's, of matrices only")
@@ -97,7 +100,7 @@ class Recipe:
                              f"{self.warmup_tokens}, --ramp-tokens {self.ramp_tokens} and then "
                              f"--decay-tokens {self.decay_tokens}")
         for start in self.stages:
-            mixture(self, start)
+            mixture(self, start)        # raises where one cannot be read
 
 
 def batch_size(recipe: Recipe, tokens: int) -> int:
@@ -279,6 +282,7 @@ class Source:
         return (len(self.parts[part]) - 1) // length
 
     def row(self, part: str, i: int, length: int) -> np.ndarray:
+        """(length + 1,): each token's target is the one after it."""
         # Reading what has gone from a mapped file would kill the process.
         if self.bin and self.bin.stat().st_size // 2 != self.size:
             raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
@@ -286,27 +290,29 @@ class Source:
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
-    """Row i of the step that starts after `tokens`: its source, and how many of its rows came before.
+    """Row i of the step that starts after `tokens`: its source, and a number that no other row of it has.
 
-    Each thousand rows hold the sources in exactly their shares, in shuffled order.
+    A stage deals its rows in blocks of 1000. In a block each source owns as many of the slots 0 to 999 as its
+    share is worth, and the slots are dealt in shuffled order. A source numbers its rows by slot, block after
+    block, from the rows on that its shares of former stages were worth.
     """
     now, length, shares = stage(recipe, tokens), context_length(recipe, tokens), mixture(recipe, tokens)
     block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
     slot = int(order(1000, recipe.seed, now, block)[slot])
     ends = [round(1000 * share) for share in accumulate(shares.values(), initial=0)]
-    k = bisect_right(ends, slot) - 1            # the source whose slots go from ends[k] to ends[k + 1] - 1
-    name = [*shares][k]                         # in former stages this many of its tokens were read:
-    earlier = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
-    return name, int(earlier // length) + block * (ends[k + 1] - ends[k]) + slot - ends[k]
+    k = bisect_right(ends, slot) - 1            # the source that owns slots ends[k] to ends[k + 1] - 1
+    name = [*shares][k]
+    former = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
+    return name, int(former // length) + block * (ends[k + 1] - ends[k]) + slot - ends[k]
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). A source is read once, SHUFFLED rows after SHUFFLED rows, then again."""
-    (name, before), length = place(recipe, tokens, i), context_length(recipe, tokens)
+    """Row i of that step, (l + 1,). An epoch reads a source's rows once each, shuffled group by group."""
+    (name, number), length = place(recipe, tokens, i), context_length(recipe, tokens)
     rows = sources[name].rows("training", length)
-    again, k = divmod(before, rows)
-    first = k - k % SHUFFLED
-    k = first + int(order(min(SHUFFLED, rows - first), recipe.seed, *name.encode(), again, first)[k - first])
+    epoch, k = divmod(number, rows)
+    first = k - k % GROUP
+    k = first + int(order(min(GROUP, rows - first), recipe.seed, *name.encode(), epoch, first)[k - first])
     return sources[name].row("training", k, length)
 
 
@@ -315,7 +321,7 @@ rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Objective(nn.Module):
-    """Model and loss in one module, as FSDP gathers a module's weights when it is called."""
+    """Model and loss in one module, as FSDP gathers weights when a module is called, and both use lm_head."""
 
     def __init__(self, model: Mamba):
         super().__init__()
@@ -340,15 +346,15 @@ def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> 
 
     The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
     and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
-    of steps, D, the convolution, dt_proj with biases of 0.001 to 0.1, and the norm.
+    of steps, D, the convolution, dt_proj, whose bias of about -7 bf16 would round by 1 % of a step, the norm.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in objective.model.backbone.layers:
         products = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]
-        fully_shard(products, mesh=mesh, mp_policy=policy)
-        fully_shard(block, mesh=mesh)
-    fully_shard(objective, mesh=mesh, mp_policy=policy)     # the embeddings, norm_f and lm_head
+        fully_shard(products, mesh=mesh, mp_policy=policy)      # gathered together
+        fully_shard(block, mesh=mesh)                           # the rest of the block
+    fully_shard(objective, mesh=mesh, mp_policy=policy)         # the rest: embeddings, norm_f and lm_head
 
 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
@@ -377,7 +383,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def prepare(out: Path, steps: int) -> None:
-    """Make the folder, or what step `steps` left of it. What cannot be written there is found out now."""
+    """Make the folder, or cut its metrics back to `steps` steps. What cannot be written is found out now."""
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         if (out / name).is_dir():
@@ -402,12 +408,21 @@ class Writer(dcp.HuggingFaceStorageWriter):
         self.folder = out / "checkpoints" / f"step-{about['step']:09}"
         super().__init__(f"{self.folder}.partial", save_distributed=True)
 
-    def finish(self, metadata, results):            # DCP calls it on rank 0, after the last rank has written
+    def finish(self, metadata, results):            # dcp calls it on rank 0, after the last rank has written
         with sample.new_file(self.path / "run.json") as file:
             file.write(json.dumps(self.about, indent=1).encode())
         os.replace(self.path, self.folder)
         for old in checkpoints(self.out)[:-self.keep]:
             shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NVIDIA's dense bf16 FLOP/s
+
+
+def flops_per_token(config: MambaConfig) -> float:
+    """Of training. A product takes 2 a weight forward and 4 backward, the scan about 8 and 16 a state."""
+    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
 
 
 class Trainer:
@@ -452,6 +467,7 @@ class Trainer:
         if rows.max() >= self.model.config.vocab_size:
             raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
                              f"{self.model.config.vocab_size}: another tokenizer made it")
+        # What stands in for a token of -100 does not matter. A row's first token starts a document too.
         rows = torch.from_numpy(rows).to(self.args.device)                              # (b, l + 1)
         tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]                        # (b, l), (b, l)
         starts = F.pad(tokens[:, :-1] == self.tokenizer.token_to_id(END), (1, 0), value=True)
@@ -476,11 +492,12 @@ class Trainer:
         if not math.isfinite(loss + norm):
             raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
                              "start again with a lower --lr, or with --init-from the model saved last")
+        lr = learning_rate(recipe, self.tokens)     # of the step's end: at its start, 0 tokens, it may be 0
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate(recipe, self.tokens)    # of the step's end, as 0 tokens give 0
+            group["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
-        return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": group["lr"], "batch_size": size,
+        return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": lr, "batch_size": size,
                 "context": length, "grad_norm": norm, "tokens_per_s": count / (time.perf_counter() - begin)}
 
     @torch.no_grad()
@@ -505,7 +522,10 @@ class Trainer:
         return {"weight": weights, **averages}
 
     def save(self) -> None:
-        """A checkpoint, which a thread writes while training goes on, and the model as it is published."""
+        """A checkpoint, and the model as it is published.
+
+        async_save copies to the CPU's memory before it returns; a thread writes while training goes on.
+        """
         if self.saving:
             self.saving.result()        # the checkpoint before this one is written, or this raises why not
         about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
@@ -515,7 +535,7 @@ class Trainer:
         gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
         if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
             weights = {name: gathered.pop(name).clone() for name, _ in self.model.named_parameters()}
-            with sample.new_file(self.args.out / "tokenizer.json") as file:
+            with sample.new_file(self.args.out / "tokenizer.json") as file:     # there once the model is
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
                 self.model.save_pretrained(self.args.out, weights)
@@ -586,15 +606,6 @@ def picture(path: Path, x: list, panels: dict[str, list]) -> None:
 
 # The plan: the same functions, on paper.
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NVIDIA's dense bf16 FLOP/s
-
-
-def flops_per_token(config: MambaConfig) -> float:
-    """Of training: 2 forward and 4 backward a weight of each product; the scan's 8 and 16 a state."""
-    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
-    return config.n_layer * (6 * d * (3 * m + 2 * r + 2 * n) + 24 * d * n) + 6 * m * config.vocab_size
-
-
 def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on one of `world` GPUs, by part; and bytes a token of the rows it runs at a time."""
     with torch.device("meta"):
@@ -609,10 +620,12 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[st
         fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
                   "their gradients on the way": max(root, 2 * block) * (dtype.itemsize + 4),
                   "whole gradients, where a step takes several passes": 4 * whole}
-    # What a block keeps of a token: its stream, normed stream and that in dtype; six fp32 tensors as wide as
-    # the scan, and each sixteenth state; dt, B and C before their norms, and after.
+    # What a block keeps of a token. Of width m: its stream and normed stream in fp32, and that in dtype. Of
+    # width d: the convolution's input and output in fp32, and x, dt, z and y in dtype. dt, B and C before
+    # their norms and after. States: one in 16 by the CPU's scan, in fp32, and one in 256 by the GPU's.
     m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
-    kept = (8 + dtype.itemsize) * m + (24 + n / 4) * d + (4 + dtype.itemsize) * r + 16 * n
+    apart, width = 16 if dtype == torch.float32 else 256, dtype.itemsize
+    kept = (8 + width) * m + (8 + 4 * width + 4 * n / apart) * d + (4 + width) * r + 16 * n
     return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * m + kept}
 
 
@@ -628,9 +641,10 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
         before = steps
         while tokens < b:
             tokens, steps = tokens + batch_size(recipe, tokens) * context_length(recipe, tokens), steps + 1
-        (n, m), (lr, after) = ([f(recipe, t) for t in (a, b)] for f in (batch_size, learning_rate))
-        print(f"{phase:8}{a:9.4g}{b:9.4g}{steps - before:10,}{context_length(recipe, a):9}{n:6} -> {m:4}"
-              f"{lr:10.2e} -> {after:.2e}{lr / n**.5:10.2e} -> {after / m**.5:.2e}  "
+        (size, last), (lr, after) = ([f(recipe, t) for t in (a, b)] for f in (batch_size, learning_rate))
+        print(f"{phase:8}{a:9.4g}{b:9.4g}{steps - before:10,}{context_length(recipe, a):9}"
+              f"{size:6} -> {last:4}{lr:10.2e} -> {after:.2e}"
+              f"{lr / size**.5:10.2e} -> {after / last**.5:.2e}  "
               + " ".join(f"{name} {share:.0%}" for name, share in mixture(recipe, a).items()))
     flops = flops_per_token(config) * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
@@ -673,6 +687,10 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         raise ValueError(f"{args.tokenizer or 'the tokenizer'} has {size} tokens, but the model only "
                          f"{model.config.vocab_size}; give the tokenizer that belongs to it")
     sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
+    if size < model.config.vocab_size and not (args.tokenizer or folder) and any(
+            source.bin for source in sources.values()):         # it does not say whose numbers it holds
+        raise ValueError(f"the model has {model.config.vocab_size} tokens, but without --tokenizer a .bin is "
+                         f"taken for bytes, {size} tokens; name the tokenizer.json that made it")
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     if done:
         trainer.resume(done[-1])
@@ -684,7 +702,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
           f"{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
-            if not nats < 700:      # e^700 is near the largest number
+            if not nats < 700:      # e^710 overflows
                 raise ValueError(f"the loss on {name} is {nats} nats per token: the weights are damaged")
             print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                   f"{bits:.4f} bits per byte")
@@ -708,7 +726,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
 
 def value(kind: type, low: float = 0, high: float = 2**60):
     """An argparse type: a number from low to high, several with commas, or a text."""
-    if kind in (tuple[int], tuple[str]):
+    if kind in (tuple[int, ...], tuple[str, ...]):
         one = value(kind.__args__[0], low, high)
         return lambda text: tuple(one(part) for part in text.split(","))
     return kind if kind is str else sample.number(kind, low, high)

@@ -155,7 +155,7 @@ def test_every_field_of_recipe_and_model_is_a_flag_and_unknown_flags_fail(traine
 
 def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch):
     monkeypatch.setattr(train, "place", lambda recipe, tokens, i: ("text", i))
-    monkeypatch.setattr(train, "SHUFFLED", 2000)        # and 5000 rows: twice so many, and a rest
+    monkeypatch.setattr(train, "GROUP", 2000)        # and 5000 rows: twice so many, and a rest
 
     class Numbers:
         rows, row = (lambda self, part, length: 5000), (lambda self, part, i, length: i)
@@ -405,6 +405,15 @@ def copy_of(run, tmp_path, step):
         if int(folder.name[5:]) > step:
             shutil.rmtree(folder)
     return tmp_path / "copy"
+
+
+def test_tokens_of_another_vocabulary_are_not_taken_for_bytes(trained, tmp_path):
+    np.tile(np.array([*range(97, 123), 256], np.uint16), 300).tofile(tmp_path / "falcon.bin")
+    flags = "--data", tmp_path / "falcon.bin", "--out", tmp_path / "out", *SMALL
+    status, _, err = trained(*flags, "--vocab-size", 65024)
+    assert status == 1 and "65024" in err and "257" in err and "--tokenizer" in err
+    assert not (tmp_path / "out").exists()
+    assert trained(*flags)[0] == 0
 
 
 @pytest.mark.parametrize("flags, words", [
