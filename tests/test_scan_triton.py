@@ -364,7 +364,7 @@ def test_one_compilation_serves_any_batch_and_length(monkeypatch):
     monkeypatch.setattr(scan_triton, "chunk_count", lambda b, l, d, sm_count: max(1, l // 6))    # symbolic
     compiled = torch.compile(lambda reset, **p: selective_scan(**p, reset=reset), fullgraph=True,
                              dynamic=True, backend="aot_eager")
-    for b, l in ((2, 5), (3, 9), (2, 14)):            # the last in two chunks
+    for b, l in ((2, 5), (3, 13)):                    # the last in two chunks
         p, reset = problem(b, l, 3, 2), some_resets(b, l)
         got, reference = results(compiled, p, reset), results(selective_scan, p, reset)
         assert all(torch.equal(got[k], reference[k]) for k in reference)

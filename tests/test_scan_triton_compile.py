@@ -20,8 +20,7 @@ BOUNDS = {"pass 1: reduce": (80, 6.6, 1.13), "pass 3: scan": (96, 9.9, 1.26),
 LENGTHS = {"l", "since", "chunk", "chunks", "keep"}
 
 
-@pytest.fixture(scope="module")
-def report():
+def ahead(folder):
     code = """if True:
         import json, sys
         sys.path[:0] = ["tests", "."]
@@ -37,9 +36,13 @@ def report():
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
-    assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout.splitlines()[-1])
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
+
+
+@pytest.fixture(scope="module")
+def report(begun):
+    assert begun.returncode == 0, begun.stderr
+    return json.loads(begun.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
