@@ -4,11 +4,11 @@ A language model that carries a state of fixed size from token to token, where a
 that grows with the text. Each of the 7B's sixty-four layers reads the residual stream, a vector of d_model
 numbers for each token, and adds to it:
 
-    x, z = in_proj(RMSNorm(stream))                 widen d_model to twice d_inner: a signal x and its gate z
+    x, z = in_proj(RMSNorm(stream))                 (b, l, d) each: a signal, and the gate of its result
     x = SiLU(conv(x))                               each channel sees its own last d_conv inputs
-    dt, B, C = x_proj(x)                            how this token moves the state, chosen by the token itself
+    dt, B, C = x_proj(x)                            (b, l, r), (b, l, n) twice: how this token moves the state
     dt, B, C = RMSNorm(dt), RMSNorm(B), RMSNorm(C)  all that Falcon-Mamba adds to Mamba: training stays stable
-    y = scan(x, dt_proj(dt), A, B, C, D, z)         scan.py
+    y = scan(x, dt_proj(dt), A, B, C, D, z)         scan.py; dt_proj widens dt to (b, l, d)
     stream = stream + out_proj(y)
 
 Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; the published
@@ -120,7 +120,7 @@ class MambaConfig:
 class State(NamedTuple):
     """All that the model remembers of the text so far: 37 MB for the 7B, after one token or a million."""
     conv: list[Tensor]      # a layer: (b, k - 1, d), its convolution's last inputs, in the activations' dtype
-    ssm: list[Tensor]       # a layer: (b, d, n), in fp32, as bf16 would lose what is small beside a state
+    ssm: list[Tensor]       # a layer: (b, d, n), the scan's h; fp32, as bf16 loses what is small beside it
 
 
 def rms_norm(v: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -166,7 +166,7 @@ class Mixer(nn.Module):
         return self.out_proj(y), past, h
 
     def conv(self, x, past, reset):
-        """SiLU of the causal convolution, as k shifted products, so that no tap reaches back past a reset.
+        """SiLU of the causal convolution, as k taps: weight i times the input of k - 1 - i tokens ago.
 
         `doc` numbers documents, and a tap counts only where its token has the number of the token it serves.
         With k = 3, reset = [0, 1, 0] gives doc = [0, 0 | 0, 1, 1], where 0 is the text before: token 1 sees
@@ -182,7 +182,7 @@ class Mixer(nn.Module):
             return F.silu(y).to(x.dtype), past
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
-            past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)
+            past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)      # of former documents
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
         for i in range(k - 1):
             tap = window[:, i:i + l] * weight[i]                            # (b, l, d), of k - 1 - i ago
@@ -326,8 +326,10 @@ class Mamba(nn.Module):
             self.config.to_json(new / "config.json")
             huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
             files = sorted(path.name for path in new.glob("model*"))
-            for name in files:                             # safetensors hides its files from other users
-                shutil.copymode(new / "config.json", new / name)
+            for name in files:
+                shutil.copymode(new / "config.json", new / name)        # safetensors hides it from others
+                with open(new / name, "rb+") as file:
+                    os.fsync(file.fileno())                # on the disk before it replaces another
             # All is written, but several files cannot change in one move. The old ones go aside, config.json
             # first, and the new ones come, config.json last: in between nothing here passes for a checkpoint.
             # If a move fails, those before it are undone.

@@ -339,24 +339,24 @@ def device(text: str) -> torch.device:
     try:
         found = torch.zeros(1, device=name)
         found.item()            # not on "meta", which keeps no numbers
+        if found.is_cuda:       # where streams, graphs and FSDP look
+            torch.cuda.set_device(found.device)
         return found.device
     except Exception as e:      # each backend raises its own
         why = " ".join(str(e).split())[:200]
         raise argparse.ArgumentTypeError(f"{name!r:.50} is not usable here ({why}); try cpu") from e
 
 
-def out_of_memory(e: RuntimeError) -> bool:
-    """A GPU's allocator has a class of its own for this; the CPU's raises a plain RuntimeError."""
-    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
-
-
 @contextmanager
 def plainly(program: str, remedy: str):
-    """A decorator: what a user can help ends the program in one sentence, a fault of ours in a traceback."""
+    """A decorator: what a user can help ends the program in one sentence, other faults in a traceback."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):                      # Windows has another encoding for pipes
+            stream.reconfigure(encoding="utf-8")
     try:
         yield
-    except RuntimeError as e:
-        if not out_of_memory(e):
+    except RuntimeError as e:   # a GPU's allocator has a class of its own for this, the CPU's has not
+        if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
             raise
         sys.exit(f"{program}: out of memory ({str(e).splitlines()[0]}); try {remedy}")
     except (ValueError, OSError) as e:
@@ -394,12 +394,13 @@ def main() -> None:
     if args.save_state and args.num_samples > 1:
         parser.error(f"a state file holds one text, but --num-samples is {args.num_samples}")
     compiler = os.environ.get("CXX", "g++").split()[-1]
-    if args.compile and args.device.type == "cpu" and not shutil.which(compiler):
+    if args.compile and args.device.type == "cpu" and os.name == "posix" and not shutil.which(compiler):
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
     args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
     try:
-        if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
-            parser.error(f"--save-state {args.save_state} is a folder, or in a folder that does not exist")
+        folder = args.save_state and args.save_state.parent
+        if folder and (args.save_state.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
+            parser.error(f"--save-state {args.save_state} is a folder, or in none that can be written to")
         run(args)
     except BrokenPipeError:     # whoever read the text has had enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

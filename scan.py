@@ -8,10 +8,11 @@ fading and by Euler's rule, time times slope, for the input:
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      Mamba (arXiv 2312.00752), Eq. 2a
     y_t = (C_t . h_t + D x_t) SiLU(z_t)                 Eq. 2b, then the skip D and the gate z of its Fig. 3
 
-At one t, x_t, delta_t, z_t, D and y_t are (d,), B_t and C_t (n,), A and h_t (d, n). So delta_t B_t x_t is an
-outer product, (d, n), and C_t . h_t sums over n. dt, B and C are computed from the token, which is what
-"selective" means: a long delta_t forgets the past and takes the token in, a short one passes over it. (The
-paper's Eq. 4 solves for B exactly too. Mamba's own code, and so the published weights, use Euler's rule.)
+At one t, x_t, delta_t, z_t, D and y_t are (d,), B_t and C_t (n,), A and h_t (d, n). Products with A are of
+single numbers: each of a channel's n fades at its own rate. delta_t B_t x_t is an outer product, (d, n), and
+C_t . h_t sums over n. dt, B and C are computed from the token, which is what "selective" means: a long
+delta_t forgets the past and takes the token in, a short one passes over it. (The paper's Eq. 4 solves for B
+exactly too. Mamba's own code, and so the published weights, use Euler's rule.)
 
 This file says the recurrence three times, with the same numbers: as a loop (`naive`, the definition), in
 2 log2(l) parallel steps (`parallel`), and chunk by chunk with a backward derived by hand (`chunked`, the one
@@ -25,6 +26,7 @@ c steps in a chunk.
 import importlib.util
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,9 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     D, dt_bias = (A.new_zeros(d) if v is None else v for v in (D, dt_bias))
     h0 = A.new_zeros(b, d, n) if h0 is None else h0
     floats = (v if v is None else v.float() for v in (x, dt, A, B, C, D, z, dt_bias, h0))
-    y, h = BACKENDS[backend](*floats, reset)
+    may_cast = torch.amp.is_autocast_available(x.device.type)       # it would take the products in 16 bits
+    with torch.autocast(x.device.type, enabled=False) if may_cast else nullcontext():
+        y, h = BACKENDS[backend](*floats, reset)
     return y.to(x.dtype), h
 
 
@@ -131,22 +135,27 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
     return h
 
 
-# Third, for training on a CPU: the loop again, with the decays of 16 steps computed at once. The backward
-# pass recomputes each such chunk from the state at its start, so (b, l, d, n) never exists: it keeps x, dt
-# and z, (b, l, d) each, and one state in sixteen. Write g_t for dL/dh_t and dy_t for dL/d(ungated y_t). y_t
-# and h_{t+1} both read h_t, so g_t is the same recurrence, run from the end; the other gradients follow:
+# Third, for training on a CPU: the loop again, with the decays of a chunk of steps computed at once. The
+# backward pass recomputes each chunk from the state at its start, so (b, l, d, n) never exists: it keeps x,
+# dt and z, (b, l, d) each, and a state a chunk. Write dh_t for dL/dh_t, and g_t = dy_t SiLU(z_t) for the
+# gradient at the ungated y_t. As y_t and h_{t+1} read h_t, dh_t is the same recurrence, run from the end:
 #
-#     g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}          where w_t = delta_t x_t:
-#     dC_t = sum over d of dy_t h_t                        dB_t = sum over d of g_t w_t
-#     dw_t = sum over n of g_t B_t                         d(delta_t A) = g_t exp(delta_t A) h_{t-1}
+#     dh_t = C_t g_t + exp(delta_{t+1} A) dh_{t+1}        and from it, with w_t = delta_t x_t,
+#     dC_t = sum over d of g_t h_t                        dB_t = sum over d of dh_t w_t
+#     dw_t = sum over n of dh_t B_t                       d(delta_t A) = dh_t exp(delta_t A) h_{t-1}
+#     dx_t = delta_t dw_t + D g_t                         dA = sum over b and t of delta_t d(delta_t A)
+#     d(delta_t) = x_t dw_t + sum over n of A d(delta_t A)
 
-CHUNK = 16      # 8 to 32 take the same time: below, Python's share grows; above, chunks outgrow the cache
+
+def chunk_steps(b: int) -> int:
+    """Steps in a chunk. 32 take a tenth less time than 16 for one sequence, and a tenth more for eight."""
+    return 32 if b == 1 else 16     # shorter chunks cost Python's time, longer ones outgrow the cache
 
 
 def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
     """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return C_t . h_t."""
     torch.mul((delta * x)[:, :, None], B[..., None], out=hs)         # the drives, made states one by one
-    if reset is not None:       # for the decay, and not for the drive, such a step is endless: exp(-inf) = 0
+    if reset is not None:       # such a step drives as long as it is, and decays as if endless: exp(-inf) = 0
         delta = delta.masked_fill(reset[..., None], torch.finfo(delta.dtype).max)
     torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
     for a, now in zip(decay.unbind(1), hs.unbind(1)):
@@ -155,7 +164,7 @@ def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
 
 
 def cut(now: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Those steps of each."""
+    """Steps `now` of each tensor (b, l, ...). Such pieces, of one chunk, are named with an underscore."""
     return [v if v is None else v[:, now].contiguous() for v in tensors]
 
 
@@ -166,9 +175,10 @@ class Chunked(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h, reset):
         A, h, y, starts = A.T.contiguous(), h.mT.contiguous(), torch.empty_like(x), []
         # Two buffers (b, c, n, d) serve every chunk, as memory from the system is slow to touch first.
-        buffers = [h.new_empty(len(h), CHUNK, *h.shape[1:]) for _ in range(2)]
-        for t in range(0, x.shape[1], CHUNK):
-            now = slice(t, t + CHUNK)
+        size = chunk_steps(len(h))
+        buffers = [h.new_empty(len(h), size, *h.shape[1:]) for _ in range(2)]
+        for t in range(0, x.shape[1], size):
+            now = slice(t, t + size)
             x_, dt_, B_, C_, z_, reset_ = cut(now, x, dt, B, C, z, reset)
             decay, hs = (v[:, :x_.shape[1]] for v in buffers)
             starts.append(h)
@@ -184,34 +194,35 @@ class Chunked(torch.autograd.Function):
         x, dt, A, B, C, D, z, dt_bias, reset, *starts = ctx.saved_tensors
         dx, d_dt, dB, dC, dz = (v if v is None else torch.empty_like(v) for v in (x, dt, B, C, z))
         dA, dD, dh = torch.zeros_like(A), torch.zeros_like(D), dh.mT.contiguous()
-        buffers = [dh.new_empty(len(dh), CHUNK, *dh.shape[1:]) for _ in range(3)]
+        size = chunk_steps(len(dh))
+        buffers = [dh.new_empty(len(dh), size, *dh.shape[1:]) for _ in range(3)]
         for i in reversed(range(len(starts))):
-            now = slice(i * CHUNK, (i + 1) * CHUNK)
+            now = slice(i * size, (i + 1) * size)
             x_, dt_, B_, C_, z_, reset_, dy_ = cut(now, x, dt, B, C, z, reset, dy)
             delta_, c = F.softplus(dt_ + dt_bias), x_.shape[1]
-            decay, hs, g = (v[:, :c] for v in buffers)
-            y_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, starts[i], reset_)
+            decay, hs, dhs = (v[:, :c] for v in buffers)
+            y_, g_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, starts[i], reset_), dy_
             if z is not None:
                 y_, gate = torch.addcmul(y_, D, x_), z_.sigmoid()    # SiLU(z) = z gate
                 dz[:, now] = dy_ * y_ * gate * (1 + z_ * (1 - gate))
-                dy_ = dy_ * z_ * gate                                # from here on that of the ungated y
-            torch.mul(C_[..., None], dy_[:, :, None], out=g)         # (b, c, n, d): what y_t asks of h_t,
-            g[:, -1] += dh                                           # and what later chunks ask of the last
+                g_ = dy_ * z_ * gate                                 # (b, c, d)
+            torch.mul(C_[..., None], g_[:, :, None], out=dhs)        # (b, c, n, d): what y_t asks of h_t,
+            dhs[:, -1] += dh                                         # and what later chunks ask of the last
             for t in reversed(range(c - 1)):
-                g[:, t].addcmul_(decay[:, t + 1], g[:, t + 1])
-            dh = decay[:, 0] * g[:, 0]                               # (b, n, d): for the chunk before
-            dC[:, now] = (hs @ dy_[:, :, None].mT)[..., 0]
-            dB[:, now] = (g @ (delta_ * x_)[:, :, None].mT)[..., 0]
-            dw = (B_[:, :, None] @ g)[:, :, 0]                       # (b, c, d)
-            g *= decay
-            g[:, 0] *= starts[i]
-            g[:, 1:] *= hs[:, :-1]                                   # now d(delta_t A)
+                dhs[:, t].addcmul_(decay[:, t + 1], dhs[:, t + 1])
+            dh = decay[:, 0] * dhs[:, 0]                             # (b, n, d): for the chunk before
+            dC[:, now] = (hs @ g_[:, :, None].mT)[..., 0]
+            dB[:, now] = (dhs @ (delta_ * x_)[:, :, None].mT)[..., 0]
+            dw = (B_[:, :, None] @ dhs)[:, :, 0]                     # (b, c, d)
+            dhs *= decay
+            dhs[:, 0] *= starts[i]
+            dhs[:, 1:] *= hs[:, :-1]                                 # now d(delta_t A)
             # From here on `decay` is only a place to put products.
-            dA += torch.mul(g, delta_[:, :, None], out=decay).sum((0, 1))
-            d_delta = torch.addcmul(torch.mul(g, A, out=decay).sum(2), dw, x_)      # (b, c, d)
+            dA += torch.mul(dhs, delta_[:, :, None], out=decay).sum((0, 1))
+            d_delta = torch.addcmul(torch.mul(dhs, A, out=decay).sum(2), dw, x_)    # (b, c, d)
             d_dt[:, now] = d_delta * torch.sigmoid(dt_ + dt_bias)
-            dD += (dy_ * x_).sum((0, 1))
-            dx[:, now] = torch.addcmul(dw * delta_, D, dy_)
+            dD += (g_ * x_).sum((0, 1))
+            dx[:, now] = torch.addcmul(dw * delta_, D, g_)
         return dx, d_dt, dA.T, dB, dC, dD, dz, d_dt.sum((0, 1)), dh.mT, None
 
 

@@ -41,7 +41,8 @@ KEEP = 256           # the backward starts from states this many steps apart, at
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
 ENDLESS = 1e30       # the length of the step on which a document starts: it forgets everything
-LENGTHS = ["l", "since", "chunk", "chunks", "keep"]      # not compiled again for 1 or multiples of 16
+# Triton compiles a kernel anew for a number or address that is a multiple of 16, and for 1: not for these.
+LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
 
 
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
@@ -102,7 +103,8 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.const
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     first = since + (k % chunks).to(tl.int32) * chunk
     end = tl.minimum(first + chunk, l)
-    # States lie (n, d), so that neighbouring threads read neighbours; the one of a token (d, n), as it came.
+    # States lie (n, d), so that neighbouring threads read neighbours. A single token, STEPS = 1, updates the
+    # model's own state in place, and that lies (d, n).
     tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n     # (N, CHANNELS)
     return k, k // chunks, first, end, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
 
@@ -114,8 +116,8 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.const
 # Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
 # skip the lines about dy, dh and decay at first.
 #
-# Triton compiles another kernel for pointers that are multiples of 16, and in that one would load four
-# channels a thread and spread the states of each over four threads. So those of states are kept out of it.
+# For states at multiples of 16 Triton would load four channels a thread, and spread the states of each over
+# four threads. Kept from knowing, it gives a thread a channel.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr,
@@ -280,7 +282,7 @@ def prepare(x, dt, z, A, B, C, D, dt_bias, reset) -> tuple[list, dict]:
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
-    """Steps in a chunk of the forward, and from one kept state to the next, the backward's: whole blocks."""
+    """Steps in a chunk of the forward, and in one of the backward, a kept state apart: multiples of STEPS."""
     sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
     chunk = triton.cdiv(x.shape[1], chunk_count(*x.shape, sm_count))
     parts = triton.cdiv(chunk, KEEP)

@@ -6,7 +6,7 @@
     python train.py --data code=src/:0.7 --data prose=books/:0.3 --out mine --total-tokens 20_000_000
     python train.py --data web/ --tokenizer tokenizer.json --tokenize-to web.bin     a corpus beyond memory
     python train.py --recipe falcon-mamba-7b --plan --world-size 256                 the run on paper
-    torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --checkpoint-activations
+    torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin             on 8 GPUs: see README.md
     python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on your texts
 
 The recipe is that of the report, arXiv 2410.05355, section 3; what it does not give is marked as our choice.
@@ -110,10 +110,10 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
 
 
 def learning_rate(recipe: Recipe, tokens: int) -> float:
-    """Warmup, stable, decay, and BatchScaling while the batch ramps."""
+    """Warmup, stable, decay; while the batch ramps, times sqrt(batch / last batch): "BatchScaling"."""
     warm = min(tokens / recipe.warmup_tokens, 1) if recipe.warmup_tokens else 1
     since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
-    # lr / sqrt(batch), with which the noise of Adam's steps goes, stays the same.
+    # So lr / sqrt(batch), to which the noise of Adam's steps is proportional, stays the same.
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
     return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
 
@@ -132,6 +132,8 @@ def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
     text = recipe.mixture[min(stage(recipe, tokens), len(recipe.mixture) - 1)]
     try:
         shares = {name: float(share) for name, share in (part.split(":") for part in text.split())}
+        if not all(0 <= share < math.inf for share in shares.values()):
+            raise ValueError
         return {name: share / sum(shares.values()) for name, share in shares.items()}
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"--mixture has {text!r}, but needs name:share, with shares above 0") from None
@@ -239,9 +241,9 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 
                     enough -= len(text.ids)
                     if enough < 0:
                         return
-            yield np.array([tokenizer.token_to_id(END)], np.uint32)
         except UnicodeDecodeError:
             print(f"skipping {files[i]} from where it is not UTF-8 text", file=sys.stderr)
+        yield np.array([tokenizer.token_to_id(END)], np.uint32)
 
 
 def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
@@ -258,11 +260,11 @@ class Source:
     """One corpus: a row of tokens, in memory or mapped from a .bin, the end of which is held out."""
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
-        self.bin = paths[0] if paths[0].suffix == ".bin" else None
+        self.bin = next((path for path in paths if path.suffix == ".bin"), None)
         if self.bin:
             size = self.bin.stat().st_size
             if len(paths) > 1 or size % 2 or not size:
-                raise ValueError(f"{name} is {len(paths)} paths, the first a .bin of {size} bytes; a .bin is "
+                raise ValueError(f"{name} is {len(paths)} paths, with {self.bin} of {size} bytes; a .bin is "
                                  "a source of its own, with two bytes for each token")
             tokens = np.memmap(self.bin, np.uint16, "r")
         else:       # more than the run reads, so that the held-out end has many documents
@@ -290,11 +292,11 @@ class Source:
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
-    """Row i of the step that starts after `tokens`: its source, and a number that no other row of it has.
+    """Row i of the step that starts after `tokens`: its source, and its number among that source's rows.
 
     A stage deals its rows in blocks of 1000. In a block each source owns as many of the slots 0 to 999 as its
-    share is worth, and the slots are dealt in shuffled order. A source numbers its rows by slot, block after
-    block, from the rows on that its shares of former stages were worth.
+    share is worth, and the slots are dealt in shuffled order. Numbers go on from those of the stages before,
+    whose length its share tells up to rounding; then block after block, and in a block slot after slot.
     """
     now, length, shares = stage(recipe, tokens), context_length(recipe, tokens), mixture(recipe, tokens)
     block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
@@ -316,7 +318,8 @@ def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int
     return sources[name].row("training", k, length)
 
 
-# checkpoint(function, *args) keeps only args: the backward pass runs the function again.
+# PyTorch has a second "checkpoint", for activations: it keeps only args, and the backward pass runs the
+# function again.
 rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -528,9 +531,6 @@ class Trainer:
         """
         if self.saving:
             self.saving.result()        # the checkpoint before this one is written, or this raises why not
-        about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
-        writer = Writer(self.args.out, about, self.args.keep)
-        self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
         if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
@@ -539,6 +539,10 @@ class Trainer:
                 file.write(self.tokenizer.to_str().encode())
                 file.flush()
                 self.model.save_pretrained(self.args.out, weights)
+        # After it, so that a run whose last checkpoint is complete has written its model too.
+        about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
+        writer = Writer(self.args.out, about, self.args.keep)
+        self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
@@ -561,7 +565,8 @@ class Trainer:
 
         def on_signal(number, frame):
             signals.append(number)
-            signal.signal(number, signal.SIG_DFL)           # a second one does not wait
+            if number == signal.SIGINT:                     # a second Ctrl-C does not wait; of SIGTERM a
+                signal.signal(number, signal.SIG_DFL)       # scheduler and torchrun may send one each
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
@@ -718,7 +723,10 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         print(f"no picture of the losses: {args.out / 'metrics.jsonl'} is damaged")
     if not finished:
         return print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
-    print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model. It continues 'def ' with:\n")
+    print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model.", end=" ")
+    if trainer.world > 1:       # a model for many GPUs need not fit beside its parts on one
+        return print("python sample.py --model runs it")
+    print("It continues 'def ' with:\n")
     model, prompt = Mamba.from_pretrained(args.out, args.device), sample.encode(tokenizer, "def ") or [end]
     tokens = torch.tensor([prompt], device=args.device)
     sample.write(sample.generate(model, tokens, 300, 0.8, stop=end), tokenizer, ["def "], end)
@@ -775,15 +783,22 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
 
 @sample.plainly("train.py", "a smaller --micro-batch")
 def main() -> None:
-    # A view, of a state that we drop; torch.distributed, as it is on one CPU; a traceback of what dcp raises.
+    # Harmless, so not shown: FSDP's warning of views, which are of a state that we drop; dcp's that it runs
+    # without torch.distributed; and its log of a traceback, which becomes a sentence below.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()     # torchrun counts from 0
     try:
+        if gpus:
+            if gpu >= gpus:
+                raise ValueError(f"process {gpu + 1} has no GPU, as there are {gpus}; lower --nproc-per-node")
+            torch.cuda.set_device(gpu)
         args, recipe, sizes = flags(sys.argv[1:])
         if args.plan:
-            return plan(args, recipe, MambaConfig(**sizes))
+            vocabulary = {"vocab_size": sample.vocabulary(open_tokenizer(args.tokenizer))}
+            return plan(args, recipe, MambaConfig(**vocabulary | sizes))
+        if args.device.type == "cuda" and not dist.is_nccl_available():
+            raise ValueError("training on a GPU needs NCCL, which this PyTorch lacks; try --device cpu")
         if "RANK" in os.environ:                            # torchrun started us
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU

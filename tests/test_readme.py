@@ -35,8 +35,8 @@ RUNS = {
     "python -m pytest": "python -m pytest -q tests/test_scan.py -k nothing_passes_a_reset",
     'python sample.py --prompt "Hello today" --temperature 0':
         'python sample.py --prompt "Hello today" --temperature 0 --model out --max-new-tokens 4',
-    "python sample.py --prompt - --save-state story.state < README.md":
-        "python sample.py --prompt - --save-state story.state --model out --max-new-tokens 4 < README.md",
+    "python sample.py --prompt - --max-new-tokens 0 --save-state story.state < README.md":
+        "python sample.py --prompt - --max-new-tokens 0 --save-state story.state --model out < README.md",
     'python sample.py --load-state story.state --prompt " In short," --num-samples 3':
         'python sample.py --load-state story.state --prompt " In short," --num-samples 3 --model out '
         "--max-new-tokens 4",
@@ -50,18 +50,19 @@ RUNS = {
     "python train.py --recipe falcon-mamba-7b --plan --world-size 256": "",
     "python train.py --data my.bin --tokenizer tokenizer.json --d-model 1024 --n-layer 24 --out gpu":
         f"python train.py --data my.bin --tokenizer out/tokenizer.json --out gpu {TINY}",
-    "torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --micro-batch 1 "
+    "torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin --out continued --micro-batch 1 "
     "--checkpoint-activations":
-        "torchrun --nproc-per-node 2 train.py --recipe continue --data my.bin --micro-batch 1 "
-        f"--checkpoint-activations --init-from out --out continued {SHORT}",
+        "torchrun --nproc-per-node 2 train.py --recipe continue --data my.bin --out continued "
+        f"--micro-batch 1 --checkpoint-activations --init-from out {SHORT}",
     "torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint host:29500 train.py "
     "--recipe falcon-mamba-7b --tokenizer tokenizer.json --data refinedweb=web.bin --data finewebedu=edu.bin "
-    "--data technical=technical.bin --data code=code.bin --data math=math.bin --resume":
+    "--data technical=technical.bin --data code=code.bin --data math=math.bin --out whole --micro-batch 3 "
+    "--checkpoint-activations --resume":
         "torchrun --nnodes 1 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 train.py "
         "--recipe falcon-mamba-7b --tokenizer out/tokenizer.json --data refinedweb=web.bin "
         "--data finewebedu=edu.bin "
         "--data technical=technical.bin --data code=code.bin --data math=math.bin "
-        f"--resume --out whole {TINY}",
+        f"--out whole --micro-batch 3 --checkpoint-activations --resume {TINY}",
 }
 
 

@@ -105,6 +105,17 @@ def test_nothing_passes_a_reset(backend):
     assert_close(h, h2, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_arithmetic_in_fp32(backend):
+    args = inputs(6, 2, 40, 4, 3, resets=0.1)
+    plain = selective_scan(**args, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, exact in zip(selective_scan(**args, backend=backend), plain):
+            assert torch.equal(ours, exact)
+    y, h = selective_scan(**{k: v.to("meta") for k, v in args.items()}, backend=backend)    # has no autocast
+    assert y.shape == (2, 40, 4) and h.shape == (2, 4, 3)
+
+
 def test_options_left_out_are_neutral():
     args = inputs(5, 2, 20, 3, 4)
     bare = {k: args[k] for k in ("x", "dt", "A", "B", "C")}

@@ -407,6 +407,25 @@ def copy_of(run, tmp_path, step):
     return tmp_path / "copy"
 
 
+@pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0"])
+def test_shares_that_are_none_are_refused(mixture):
+    with pytest.raises(ValueError, match="shares above 0"):
+        Recipe(mixture=(mixture,))
+
+
+def test_a_plan_is_of_the_model_that_the_command_would_train(trained, tmp_path):
+    flops = flops_per_token(MambaConfig(**train.SIZES["tiny"], vocab_size=257))
+    status, out, _ = trained("--plan", "--out", tmp_path)
+    assert status == 0 and f"({flops:.3g} a token)" in out
+
+
+def test_what_follows_a_file_that_is_no_text_is_another_document(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"text, then none: " + 2**20 * b"x" + b"\n\xff")
+    tokenizer = byte_tokenizer()
+    parts = [*train.tokenized([tmp_path], tokenizer, 0)]
+    assert parts[-1].tolist() == [256] and "a.txt" in capsys.readouterr().err
+
+
 def test_tokens_of_another_vocabulary_are_not_taken_for_bytes(trained, tmp_path):
     np.tile(np.array([*range(97, 123), 256], np.uint16), 300).tofile(tmp_path / "falcon.bin")
     flags = "--data", tmp_path / "falcon.bin", "--out", tmp_path / "out", *SMALL
