@@ -52,7 +52,8 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     done, step = torch.zeros_like(token, dtype=torch.bool), model
     for i in range(max_new_tokens):
         if i == 1 and tokens.is_cuda:       # from the second step on all are alike, and one recording serves
-            step = replayed(model, state)
+            with torch.cuda.device(tokens.device):
+                step = replayed(model, state)
         logits, state = step(token[:, None], state, starts)
         token, starts = choose(logits[:, 0], temperature, top_k, top_p, generator), None
         if stop is not None:
