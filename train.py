@@ -725,7 +725,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         return print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
     print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model.", end=" ")
     if trainer.world > 1:       # a model for many GPUs need not fit beside its parts on one
-        return print("python sample.py --model runs it")
+        return print(f"python sample.py --model {args.out} runs it")
     print("It continues 'def ' with:\n")
     model, prompt = Mamba.from_pretrained(args.out, args.device), sample.encode(tokenizer, "def ") or [end]
     tokens = torch.tensor([prompt], device=args.device)
@@ -789,9 +789,7 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()     # torchrun counts from 0
     try:
-        if gpus:
-            if gpu >= gpus:
-                raise ValueError(f"process {gpu + 1} has no GPU, as there are {gpus}; lower --nproc-per-node")
+        if gpu < gpus:
             torch.cuda.set_device(gpu)
         args, recipe, sizes = flags(sys.argv[1:])
         if args.plan:
@@ -799,6 +797,8 @@ def main() -> None:
             return plan(args, recipe, MambaConfig(**vocabulary | sizes))
         if args.device.type == "cuda" and not dist.is_nccl_available():
             raise ValueError("training on a GPU needs NCCL, which this PyTorch lacks; try --device cpu")
+        if args.device.type == "cuda" and gpu >= gpus:
+            raise ValueError(f"process {gpu + 1} has no GPU, as there are {gpus}; lower --nproc-per-node")
         if "RANK" in os.environ:                            # torchrun started us
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
