@@ -374,7 +374,7 @@ def test_compiled_blocks_draw_the_curve_of_eager_ones(trained, uninterrupted, da
 def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained, uninterrupted, data,
                                                                        tmp_path):
     out, at = tmp_path / "out", 0
-    for number, times, step in (signal.SIGTERM, 2, 4), (signal.SIGINT, 1, 10):  # a scheduler's, and torchrun's
+    for number, times, step in (signal.SIGTERM, 2, 4), (signal.SIGINT, 1, 10):     # a scheduler may send two
         flags = ["--resume", "--checkpoint-every", "1000"]      # so that only the signal saves
         process = subprocess.Popen(command(data, out, *flags), env=ONE_THREAD, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
@@ -397,6 +397,15 @@ def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained,
 def test_sigkill_loses_neither_the_folder_nor_the_curve(uninterrupted, data, tmp_path):
     seconds = float(uninterrupted.with_name("seconds").read_text())
     assert kill_loop(2, data, tmp_path / "out", uninterrupted, seconds, seed=1) >= 2
+
+
+def test_where_a_checkpoint_is_complete_the_model_of_its_step_is_written(trained, data, tmp_path, monkeypatch):
+    def full_disk(*_):
+        time.sleep(1)           # in which a checkpoint that did not wait would be written
+        raise OSError("no space left")
+    monkeypatch.setattr(Mamba, "save_pretrained", full_disk)
+    assert trained("--data", data, "--out", tmp_path / "out", *SMALL)[0] == 1
+    assert not train.checkpoints(tmp_path / "out")
 
 
 def copy_of(run, tmp_path, step):
