@@ -399,7 +399,7 @@ def test_sigkill_loses_neither_the_folder_nor_the_curve(uninterrupted, data, tmp
     assert kill_loop(2, data, tmp_path / "out", uninterrupted, seconds, seed=1) >= 2
 
 
-def test_where_a_checkpoint_is_complete_the_model_of_its_step_is_written(trained, data, tmp_path, monkeypatch):
+def test_a_complete_checkpoint_means_a_written_model(trained, data, tmp_path, monkeypatch):
     def full_disk(*_):
         time.sleep(1)           # in which a checkpoint that did not wait would be written
         raise OSError("no space left")
