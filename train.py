@@ -34,6 +34,7 @@ import sysconfig
 import time
 import warnings
 from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -202,14 +203,15 @@ def standard_library() -> list[Path]:
 
 def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
     """What the --data flags name, and the recipe with the shares that they give."""
-    paths, shares = {}, {}
+    paths, shares = defaultdict(list), Counter()
     for text in texts:
-        named = re.fullmatch(r"([\w-]+)=(.*?)(?::([\d.]+))?", text, re.DOTALL)
+        named = re.fullmatch(r"([\w-]+)=(.*?)(?::(\d*\.?\d+))?", text, re.DOTALL)
         name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
         if not Path(path).exists():
             raise ValueError(f"there is no {path}, which --data names")
-        paths.setdefault(name, []).append(Path(path))
-        shares |= {name: share} if share else {}
+        paths[name].append(Path(path))
+        if share:
+            shares[name] += float(share)        # its paths may bring a part each
     paths = paths or {"text": standard_library()}
     shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
     if shares.keys() == paths.keys():
@@ -448,7 +450,8 @@ class Trainer:
             dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
             shard(self.objective, args.device.type, self.world, dtype)
             self.group = dist.new_group(backend="gloo")     # for the thread that writes checkpoints
-        model.to(args.device)
+        # To look at a model its own dtype will do. To train it, and where it is divided, all weights are fp32.
+        model.to(args.device, None if args.eval_only and not dist.is_initialized() else torch.float32)
         self.adam = optimizer(model, recipe)
         # What a checkpoint and the run that goes on from it must agree on, as JSON gives it back.
         self.settings = json.loads(json.dumps(asdict(recipe) | asdict(model.config) | {
@@ -567,8 +570,7 @@ class Trainer:
             signals.append(number)
             if number == signal.SIGINT:                     # a second Ctrl-C does not wait; of SIGTERM a
                 signal.signal(number, signal.SIG_DFL)       # scheduler and torchrun may send one each
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
+        former = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
         with tqdm(total=total, initial=self.tokens, unit="tok", unit_scale=True,
@@ -593,6 +595,8 @@ class Trainer:
                     self.save()
         if self.saving:
             self.saving.result()
+        for number, handler in former.items():
+            signal.signal(number, handler)
         return self.tokens >= total
 
 
@@ -683,9 +687,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
                          "another --out begins a new one")
     torch.manual_seed(recipe.seed)
     size, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
-    if folder:      # to look at a model its own dtype will do; to train or divide it, all weights are fp32
-        dtype = None if args.eval_only and not dist.is_initialized() else torch.float32
-        model = Mamba.from_pretrained(folder, "cpu", dtype)
+    if folder:      # mapped from its files: FSDP copies each rank's part out of them
+        model = Mamba.from_pretrained(folder)
     else:
         model = Mamba(MambaConfig(**{"vocab_size": size, "eos_token_id": end} | sizes))
     if size > model.config.vocab_size:

@@ -52,6 +52,8 @@ def trained(monkeypatch, capsys):
         except SystemExit as e:
             status = e.code or 0
         torch.set_num_threads(threads)
+        after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        assert status or after == before, "a run that is done still takes Ctrl-C for a wish to save"
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
             signal.signal(number, handler)
         text = capsys.readouterr()
@@ -89,7 +91,8 @@ def trainer(checkpoint_activations=False, **sizes):
     small = {"vocab_size": 257, "d_model": 32, "n_layer": 2, "d_state": 8, "initializer_range": 0.2}
     config = MambaConfig(**small | sizes)
     args = argparse.Namespace(device=torch.device("cpu"), micro_batch=16,
-                              checkpoint_activations=checkpoint_activations, compile=False)
+                              checkpoint_activations=checkpoint_activations, compile=False,
+                              eval_only=False)
     return Trainer(args, Recipe(), Mamba(config), byte_tokenizer(), {})
 
 
@@ -311,7 +314,7 @@ class Tokens:
     size, rows = 100, lambda self, part, length: 9
     row = lambda self, part, i, length: torch.arange(length + 1).numpy() % 50
 options = argparse.Namespace(device=torch.device("cpu"), micro_batch=2, checkpoint_activations=False,
-                             compile=False)
+                             compile=False, eval_only=False)
 recipe = train.Recipe(batch_start=5, ramp_tokens=1000, context=(8,))
 fresh = mamba.Mamba(model.config)
 trainer = train.Trainer(options, recipe, fresh, train.byte_tokenizer(), {"text": Tokens()})
@@ -416,6 +419,12 @@ def copy_of(run, tmp_path, step):
         if int(folder.name[5:]) > step:
             shutil.rmtree(folder)
     return tmp_path / "copy"
+
+
+def test_the_shares_of_a_sources_paths_add_up(data):
+    flags = [f"code={data}/00.txt:0.5", f"code={data}/01.txt:.25", f"prose={data}:0.25"]
+    paths, recipe = train.named_data(flags, Recipe())
+    assert [*map(len, paths.values())] == [2, 1] and mixture(recipe, 0) == {"code": 0.75, "prose": 0.25}
 
 
 @pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0"])
