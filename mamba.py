@@ -284,14 +284,11 @@ class Mamba(nn.Module):
         wanted, stored = dict(model.named_parameters()), read_tensors(folder)
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
-        wrong = [f"no {name} {[*wanted[name].shape]}" for name in wanted if name not in stored]
-        wrong += [f"an unexpected {name!r:.80}" for name in stored if name not in wanted]
-        for name in [name for name in wanted if name in stored]:
-            found, shape = stored[name], wanted[name].shape
-            if found.shape != shape:
-                wrong.append(f"{name} {[*found.shape]} where {[*shape]} belongs")
-            if found.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                wrong.append(f"{name} in {found.dtype}, which is no plain float")
+        has, needs = ({name: [*t.shape] for name, t in tensors.items()} for tensors in (stored, wanted))
+        wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
+                 for name in needs | has if has.get(name) != needs.get(name)]
+        wrong += [f"{name!r:.80} in {t.dtype}, which is no plain float" for name, t in stored.items()
+                  if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
         if wrong:
             more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
             raise CheckpointError(f"the tensors of {folder} do not fit its config.json: "
