@@ -450,7 +450,7 @@ class Trainer:
             dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
             shard(self.objective, args.device.type, self.world, dtype)
             self.group = dist.new_group(backend="gloo")     # for the thread that writes checkpoints
-        # To look at a model its own dtype will do. To train it, and where it is divided, all weights are fp32.
+        # To look at a model its own dtype will do; to train it, or where it is divided, all weights are fp32.
         model.to(args.device, None if args.eval_only and not dist.is_initialized() else torch.float32)
         self.adam = optimizer(model, recipe)
         # What a checkpoint and the run that goes on from it must agree on, as JSON gives it back.
