@@ -44,7 +44,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    state = model.blank_state(len(tokens)) if state is None else state
+    state = state or model.blank_state(len(tokens))
     last = tokens.shape[1] - 1      # which the loop below reads, as it then reads each new token
     for i in range(0, last, PIECE):
         now = slice(i, min(i + PIECE, last))
@@ -69,11 +69,10 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
 def replayed(model: Mamba, state: State):
     """model(token, state, None) for one token a row, as a CUDA graph: one launch, not a thousand.
 
-    A graph is a recording of kernels, which replays on the memory that it was recorded with. So token and
-    state live in buffers that each replay reads and overwrites, and step() takes no notice of the state that
-    it is given. We have not run this on a GPU yet.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with. So each replay
+    reads the token from a buffer and overwrites the tensors of this `state`, whatever state step() is given.
+    We have not run this on a GPU yet.
     """
-    state = State(*([v.clone() for v in part] for part in state))
     token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device=state.ssm[0].device)
     side = torch.cuda.Stream()      # PyTorch asks for a warm-up on a stream of its own before a capture
     side.wait_stream(torch.cuda.current_stream())
@@ -157,10 +156,8 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, int]:
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's tokens; warns where the tokenizer has none for some of its bytes and leaves them out."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not UTF-8 text") from None
+    if prompt.encode(errors="ignore").decode() != prompt:       # Python keeps other bytes as lone surrogates
+        raise ValueError("the prompt is not UTF-8 text")
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     if lost := "".join(sorted(set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False)))):
         print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it",
@@ -237,9 +234,9 @@ def run(args: argparse.Namespace) -> None:
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     model = Mamba.from_pretrained(folder, args.device, dtype, nf4(args.device) if args.quantize else None)
     if (size := vocabulary(tokenizer)) > model.config.vocab_size:
-        raise CheckpointError(f"{folder} has a tokenizer of {size} tokens, but a model of "
-                              f"{model.config.vocab_size}")
-    rows, state = [encode(tokenizer, prompt) for prompt in prompts], None
+        raise CheckpointError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    state = model.blank_state(len(rows) * args.num_samples)
     if args.load_state:
         state, last = load_state(args.load_state, model, args.num_samples)
         rows[0].insert(0, last)
@@ -260,7 +257,6 @@ def run(args: argparse.Namespace) -> None:
     reset = torch.arange(longest, device=args.device) == starts if starts.any() else None
     stop = tokenizer.token_to_id("<|endoftext|>")
     stop = model.config.eos_token_id if stop is None else stop
-    state = state or model.blank_state(len(rows))
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop,
                      torch.Generator(args.device).manual_seed(args.seed), state, reset)
     made, times = write(steps, tokenizer, prompts, stop)
