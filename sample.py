@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,15 +50,14 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     for i in range(0, last, PIECE):
         now = slice(i, min(i + PIECE, last))
         starts = None if reset is None else reset[:, now]
-        state.conv[:], state.ssm[:] = model(tokens[:, now], state, starts, last_only=True)[1]
-    token, starts = tokens[:, -1], None if reset is None else reset[:, -1:]         # (b,), (b, 1)
-    done, step = torch.zeros_like(token, dtype=torch.bool), model
+        _, (state.conv[:], state.ssm[:]) = model(tokens[:, now], state, starts, last_only=True)
+    token, done = tokens[:, last], torch.zeros_like(tokens[:, last], dtype=torch.bool)      # (b,) each
+    step = partial(model, reset=None if reset is None else reset[:, last:])
     for i in range(max_new_tokens):
-        if i == 1 and tokens.is_cuda:       # from the second step on all are alike, and one recording serves
-            with torch.cuda.device(tokens.device):
-                step = replayed(model, state)
-        logits, (state.conv[:], state.ssm[:]) = step(token[:, None], state, starts)
-        token, starts = choose(logits[:, 0], temperature, top_k, top_p, generator), None
+        if i == 1:      # from the second step on all are alike
+            step = model if not tokens.is_cuda else recorded(model, token, state)
+        logits, (state.conv[:], state.ssm[:]) = step(token[:, None], state)
+        token = choose(logits[:, 0], temperature, top_k, top_p, generator)
         if stop is not None:
             token = token.masked_fill(done, stop)
             done |= token == stop
@@ -66,30 +66,15 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
             break
 
 
-def replayed(model: Mamba, state: State):
-    """model(token, state, None) for one token a row, as a CUDA graph: one launch, not a thousand.
+def recorded(model: Mamba, token: Tensor, state: State):
+    """model(token, state) for one token a row, as a CUDA graph: one launch, not a thousand.
 
-    A graph is a recording of kernels, which replays on the memory that it was recorded with. So each replay
-    reads the token from a buffer and overwrites the tensors of this `state`, whatever state step() is given.
-    We have not run this on a GPU yet.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with. PyTorch copies
+    into it what each call is given; the caller keeps this token, so we give a copy. A plain function is
+    recorded, as a module's weights would be inputs too. We have not run this on a GPU yet.
     """
-    token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device=state.ssm[0].device)
-    side = torch.cuda.Stream()      # PyTorch asks for a warm-up on a stream of its own before a capture
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model(token, state)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits, after = model(token, state)
-        for old, new in zip([*state.conv, *state.ssm], [*after.conv, *after.ssm]):
-            old.copy_(new)
-
-    def step(new_token, *_):
-        token.copy_(new_token)
-        graph.replay()
-        return logits, state
-    return step
+    with torch.cuda.device(token.device):
+        return torch.cuda.make_graphed_callables(lambda *now: model(*now), (token[:, None].clone(), state))
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
@@ -169,7 +154,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not its model's tokenizer: {str(e)!r:.300}") from e
+        raise CheckpointError(f"cannot read the tokenizer {path}: {str(e)!r:.300}") from e
     tokenizer.no_truncation()   # a file may ask for these two
     tokenizer.no_padding()
     return tokenizer
@@ -228,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     typed = sys.stdin.read().removesuffix("\n") if "-" in prompts and sys.stdin else ""     # None if closed
     prompts = [typed if prompt == "-" else prompt for prompt in prompts]
     if not args.load_state and not all(prompts):
-        raise ValueError("a prompt is empty: give at least one character, with --prompt or on standard input")
+        raise ValueError("a prompt is missing or empty: give a character or more, by --prompt or standard input")
     start, folder = time.perf_counter(), find(args.model)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
@@ -365,8 +350,7 @@ def main() -> None:
     if args.load_state and prompts > 1 or args.save_state and prompts * args.num_samples > 1:
         parser.error(f"a state file holds one text, but there are {prompts} prompts and --num-samples is "
                      f"{args.num_samples}")
-    folder = os.path.join(args.save_state.parent, "") if args.save_state else ""        # "/" at its end
-    if args.save_state and (args.save_state.is_dir() or not os.access(folder, os.W_OK)):
+    if (path := args.save_state) and (path.is_dir() or not os.access(f"{path.parent}/", os.W_OK)):
         parser.error(f"--save-state {args.save_state} is a folder, or in none that can be written to")
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if args.compile and args.device.type == "cpu" and os.name == "posix" and not shutil.which(compiler):
