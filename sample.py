@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     typed = sys.stdin.read().removesuffix("\n") if "-" in prompts and sys.stdin else ""     # None if closed
     prompts = [typed if prompt == "-" else prompt for prompt in prompts]
     if not args.load_state and not all(prompts):
-        raise ValueError("a prompt is missing or empty: give a character or more, by --prompt or standard input")
+        raise ValueError("a prompt is missing or empty: give a character or more in --prompt or standard input")
     start, folder = time.perf_counter(), find(args.model)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
