@@ -86,7 +86,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if temperature == 0:
         return best.indices[:, 0]
     logits = (logits - best.values) / temperature             # the likeliest at 0: no temperature overflows
-    order = None
+    order = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     if top_k is not None or top_p is not None:                # (b, k) from here on, the likeliest first
         logits, order = logits.topk(min(top_k or 2**31, logits.shape[-1]))
     # Inverse transform sampling: a uniform number falls into one token's piece of the summed distribution. It
@@ -97,7 +97,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         total = ends.gather(-1, torch.searchsorted(ends, total * top_p))
     uniform = total * torch.rand(total.shape, generator=generator, device=total.device)     # always < total
     drawn = torch.searchsorted(ends, uniform, right=True)     # (b, 1)
-    return (drawn if order is None else order.gather(-1, drawn))[:, 0]
+    return order.gather(-1, drawn)[:, 0]
 
 
 @contextmanager
@@ -209,11 +209,10 @@ def peak_memory(device: torch.device) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Load, read, write, and report on standard error."""
-    prompts = args.prompt or [""]
-    typed = sys.stdin.read().removesuffix("\n") if "-" in prompts and sys.stdin else ""     # None if closed
-    prompts = [typed if prompt == "-" else prompt for prompt in prompts]
+    typed = sys.stdin.read().removesuffix("\n") if "-" in args.prompt and sys.stdin else ""     # None: closed
+    prompts = [typed if prompt == "-" else prompt for prompt in args.prompt]
     if not args.load_state and not all(prompts):
-        raise ValueError("a prompt is missing or empty: give a character or more in --prompt or standard input")
+        raise ValueError("no prompt, or an empty one: give at least one character in --prompt or standard input")
     start, folder = time.perf_counter(), find(args.model)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
@@ -346,7 +345,8 @@ def main() -> None:
     add("--save-state", type=Path, metavar="FILE", help="where to keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
     args = parser.parse_args()
-    prompts = len(args.prompt or [""])
+    args.prompt = args.prompt or [""]
+    prompts = len(args.prompt)
     if args.load_state and prompts > 1 or args.save_state and prompts * args.num_samples > 1:
         parser.error(f"a state file holds one text, but there are {prompts} prompts and --num-samples is "
                      f"{args.num_samples}")

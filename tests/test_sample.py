@@ -96,6 +96,18 @@ def test_unequal_prompts_write_what_each_writes_alone(folder, monkeypatch, capsy
     assert both == "".join(alone)
 
 
+def test_a_character_is_printed_once_all_its_bytes_are_there_and_the_stop_never(capsys):
+    tokenizer, shown = byte_tokenizer(), []
+
+    def steps():        # the second text has ended before the first
+        for token in [*tokenizer.encode("aé€").ids, 256]:
+            yield torch.tensor([token, 256])
+            shown.append(capsys.readouterr().out)
+    made, times = sample.write(steps(), tokenizer, [">", "b"], 256)
+    assert shown == [">a", "", "é", "", "", "€", ""] and capsys.readouterr().out == "\nb\n"
+    assert len(made) == 7 and made[-1] == [256, 256] and times == sorted(times) and len(times) == 8
+
+
 @pytest.mark.parametrize("cut", [0, 1, 4])
 def test_a_kept_state_goes_on_as_if_the_text_had_just_been_read(folder, monkeypatch, capsys, tmp_path, cut):
     greedy = ["--temperature", "0", "--max-new-tokens"]
