@@ -128,8 +128,9 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, int]:
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{path} is not a state file: {str(e)!r:.300}") from e
     wanted = packed(model.blank_state(1), 0)
-    has, needs = ({name: f"{[*v.shape]} of {'floats' if v.is_floating_point() else v.dtype}"
-                   for name, v in sorted(tensors.items())} for tensors in (found, wanted))
+    has, needs = (      # all floats of 16 bits or more are alike, as --dtype may differ
+        {name: f"{[*v.shape]} of {'floats' if v.is_floating_point() and v.itemsize > 1 else v.dtype}"
+         for name, v in sorted(tensors.items())} for tensors in (found, wanted))
     if has != needs:
         raise CheckpointError(f"{path} holds {str(has):.200}, but a state of this model is {needs}")
     conv, ssm, last = (found[name].to(like.device, like.dtype) for name, like in wanted.items())
@@ -212,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     typed = sys.stdin.read().removesuffix("\n") if "-" in args.prompt and sys.stdin else ""     # None: closed
     prompts = [typed if prompt == "-" else prompt for prompt in args.prompt]
     if not args.load_state and not all(prompts):
-        raise ValueError("no prompt, or an empty one: give at least one character in --prompt or standard input")
+        raise ValueError("without --load-state, each --prompt needs some text, and so does standard input")
     start, folder = time.perf_counter(), find(args.model)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
