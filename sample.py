@@ -13,12 +13,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -39,57 +40,41 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     Temperature 0 takes the likeliest token. Otherwise one is drawn from softmax(logits / temperature), from
     the top_k likeliest and from the smallest set of them that holds top_p of the probability. A row that has
     yielded `stop` goes on yielding it; when all have, generation ends. reset (b, l) is as in Mamba.forward:
-    padding on the left is a document. What the generator returns, the value of its StopIteration, is the
-    state after all tokens but the last. ValueError if there is no token to read, or if logits are not finite.
+    padding on the left is a document. `state`, if given, moves on: its lists hold what was read so far, in
+    the end all tokens but the last. ValueError if there is no token to read, or if logits are not finite.
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
+    state = state or model.blank_state(len(tokens))
     last = tokens.shape[1] - 1      # which the loop below reads, as it then reads each new token
     for i in range(0, last, PIECE):
         now = slice(i, min(i + PIECE, last))
-        _, state = model(tokens[:, now], state, None if reset is None else reset[:, now], last_only=True)
-    token, starts = tokens[:, -1], None if reset is None else reset[:, -1:]         # (b,), (b, 1)
-    done, step = torch.zeros_like(token, dtype=torch.bool), model
+        starts = None if reset is None else reset[:, now]
+        _, (state.conv[:], state.ssm[:]) = model(tokens[:, now], state, starts, last_only=True)
+    token, done = tokens[:, last], torch.zeros_like(tokens[:, last], dtype=torch.bool)      # (b,) each
+    step = partial(model, reset=None if reset is None else reset[:, last:])
     for i in range(max_new_tokens):
-        if i == 1 and tokens.is_cuda:       # from the second step on all are alike, and one recording serves
-            with torch.cuda.device(tokens.device):
-                step = replayed(model, state)
-        logits, state = step(token[:, None], state, starts)
-        token, starts = choose(logits[:, 0], temperature, top_k, top_p, generator), None
+        if i == 1:      # from the second step on all are alike
+            step = model if not tokens.is_cuda else recorded(model, token, state)
+        logits, (state.conv[:], state.ssm[:]) = step(token[:, None], state)
+        token = choose(logits[:, 0], temperature, top_k, top_p, generator)
         if stop is not None:
             token = token.masked_fill(done, stop)
             done |= token == stop
         yield token
         if done.all():
             break
-    return state
 
 
-def replayed(model: Mamba, state: State):
-    """model(token, state, None) for one token a row, as a CUDA graph: one launch, not a thousand.
+def recorded(model: Mamba, token: Tensor, state: State):
+    """model(token, state) for one token a row, as a CUDA graph: one launch, not a thousand.
 
-    A graph is a recording of kernels, which replays on the memory that it was recorded with. So token and
-    state live in buffers that each replay reads and overwrites, and step() takes no notice of the state that
-    it is given. We have not run this on a GPU yet.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with. PyTorch copies
+    into it what each call is given; the caller keeps this token, so we give a copy. A plain function is
+    recorded, as a module's weights would be inputs too. We have not run this on a GPU yet.
     """
-    state = State(*([v.clone() for v in part] for part in state))
-    token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device=state.ssm[0].device)
-    side = torch.cuda.Stream()      # PyTorch asks for a warm-up on a stream of its own before a capture
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model(token, state)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits, after = model(token, state)
-        for old, new in zip([*state.conv, *state.ssm], [*after.conv, *after.ssm]):
-            old.copy_(new)
-
-    def step(new_token, *_):
-        token.copy_(new_token)
-        graph.replay()
-        return logits, state
-    return step
+    with torch.cuda.device(token.device):
+        return torch.cuda.make_graphed_callables(lambda *now: model(*now), (token[:, None].clone(), state))
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
@@ -101,7 +86,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if temperature == 0:
         return best.indices[:, 0]
     logits = (logits - best.values) / temperature             # the likeliest at 0: no temperature overflows
-    order = None
+    order = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     if top_k is not None or top_p is not None:                # (b, k) from here on, the likeliest first
         logits, order = logits.topk(min(top_k or 2**31, logits.shape[-1]))
     # Inverse transform sampling: a uniform number falls into one token's piece of the summed distribution. It
@@ -112,7 +97,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         total = ends.gather(-1, torch.searchsorted(ends, total * top_p))
     uniform = total * torch.rand(total.shape, generator=generator, device=total.device)     # always < total
     drawn = torch.searchsorted(ends, uniform, right=True)     # (b, 1)
-    return (drawn if order is None else order.gather(-1, drawn))[:, 0]
+    return order.gather(-1, drawn)[:, 0]
 
 
 @contextmanager
@@ -125,52 +110,40 @@ def new_file(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
+    except OSError as e:        # which does not say where, if the disk is full
+        raise OSError(f"cannot write {path}: {e}") from e
     finally:
         new.unlink(missing_ok=True)
 
 
-def save_state(path: Path, state: State, last: int) -> None:
-    """Write one text's state and its last token, which the state has not read: a whole new file or none."""
-    tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last])}
-    try:
-        with new_file(path) as file:
-            file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    except OSError as e:
-        raise CheckpointError(f"cannot write the state file {path}: {e}") from e
+def packed(state: State, last: int) -> dict[str, Tensor]:
+    """What a state file holds: one text's state, and the text's last token, which the state has not read."""
+    return {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last])}
 
 
-def load_state(path: Path, model: Mamba, device: torch.device) -> tuple[State, int]:
-    """Read what save_state wrote -> the state, on `device`, and the last token."""
-    wanted = {name: torch.stack(part) for name, part in model.blank_state(1)._asdict().items()}
-    wanted["last"] = torch.zeros(1, dtype=torch.int64)
+def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, int]:
+    """Read a state file -> the state, on the model's device and once for each of `batch` rows, and `last`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            if {*file.keys()} != {*wanted}:
-                raise CheckpointError(f"{path} is not a state file: that holds {', '.join(wanted)} alone")
-            found = {name: file.get_tensor(name) for name in wanted}
+        found = load_file(path)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{path} is not a state file: {str(e)!r:.300}") from e
-    for name, like in wanted.items():
-        tensor = found[name]
-        floats = tensor.is_floating_point() and like.is_floating_point()    # of any size: --dtype may differ
-        if tensor.shape != like.shape or not (floats or tensor.dtype == like.dtype):
-            raise CheckpointError(f"{path} has {name} {[*tensor.shape]} in {tensor.dtype}, but this model's "
-                                  f"state has {[*like.shape]} in {like.dtype}")
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{path} has values of {name} that are not finite")
-    conv, ssm, last = (found[name].to(device, like.dtype) for name, like in wanted.items())
-    if not 0 <= last.item() < model.config.vocab_size:
-        raise CheckpointError(f"{path} ends in token {last.item()}, but the vocabulary has "
-                              f"{model.config.vocab_size}")
-    return State([*conv], [*ssm]), last.item()
+    wanted = packed(model.blank_state(1), 0)
+    has, needs = (      # all floats of 16 bits or more are alike, as --dtype may differ
+        {name: f"{[*v.shape]} of {'floats' if v.is_floating_point() and v.itemsize > 1 else v.dtype}"
+         for name, v in sorted(tensors.items())} for tensors in (found, wanted))
+    if has != needs:
+        raise CheckpointError(f"{path} holds {str(has):.200}, but a state of this model is {needs}")
+    conv, ssm, last = (found[name].to(like.device, like.dtype) for name, like in wanted.items())
+    if not (conv.isfinite().all() and ssm.isfinite().all() and 0 <= last < model.config.vocab_size):
+        raise CheckpointError(f"{path} is damaged: some numbers are not finite, or its last token, "
+                              f"{last.item()}, is none of the {model.config.vocab_size}")
+    return State([*conv.repeat(1, batch, 1, 1)], [*ssm.repeat(1, batch, 1, 1)]), last.item()
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's tokens; warns where the tokenizer has none for some of its bytes and leaves them out."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not UTF-8 text") from None
+    if prompt.encode(errors="ignore").decode() != prompt:       # Python keeps other bytes as lone surrogates
+        raise ValueError("the prompt is not UTF-8 text")
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     if lost := "".join(sorted(set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False)))):
         print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it",
@@ -182,25 +155,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {str(e)!r:.300}") from e
+        raise CheckpointError(f"cannot read the tokenizer {path}: {str(e)!r:.300}") from e
     tokenizer.no_truncation()   # a file may ask for these two
     tokenizer.no_padding()
     return tokenizer
-
-
-def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
-    """The model and the tokenizer that --model names, as the flags ask for them."""
-    folder = find(args.model)
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder} has no tokenizer.json; copy its model's own into it")
-    tokenizer = read_tokenizer(path)
-    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    replace = nf4(args.device) if args.quantize else None
-    model = Mamba.from_pretrained(folder, args.device, dtype, replace)
-    if (size := vocabulary(tokenizer)) > model.config.vocab_size:
-        raise CheckpointError(f"{path} has {size} tokens, but the model {model.config.vocab_size}")
-    return model, tokenizer
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
@@ -252,85 +210,84 @@ def peak_memory(device: torch.device) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Load, read, write, and report on standard error."""
-    if "-" in (args.prompt or []) and sys.stdin is None:
-        raise ValueError("standard input is closed, so --prompt - has nothing to read")
-    prompts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in args.prompt or [""]]
+    typed = sys.stdin.read().removesuffix("\n") if "-" in args.prompt and sys.stdin else ""     # None: closed
+    prompts = [typed if prompt == "-" else prompt for prompt in args.prompt]
     if not args.load_state and not all(prompts):
-        raise ValueError("a prompt is empty: give at least one character with --prompt")
-    start, state, reset = time.perf_counter(), None, None
-    model, tokenizer = load(args)
+        raise ValueError("without --load-state, each --prompt needs some text, and so does standard input")
+    start, folder = time.perf_counter(), find(args.model)
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    model = Mamba.from_pretrained(folder, args.device, dtype, nf4(args.device) if args.quantize else None)
+    if (size := vocabulary(tokenizer)) > model.config.vocab_size:
+        raise CheckpointError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
     rows = [encode(tokenizer, prompt) for prompt in prompts]
+    state = model.blank_state(len(rows) * args.num_samples)
     if args.load_state:
-        state, last = load_state(args.load_state, model, args.device)
-        state = State(*([v.repeat(args.num_samples, 1, 1) for v in part] for part in state))    # a row each
+        state, last = load_state(args.load_state, model, args.num_samples)
         rows[0].insert(0, last)
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
     if args.compile:
         compile_blocks()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
     print(f"{args.model}: {weights / 1e9:.3g} GB of weights on {args.device}, {model.lm_head.weight.dtype}; "
           f"scan: {default_backend(args.device, PIECE)} for prompts, {default_backend(args.device, 1)} for "
           f"tokens; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
     prompts, rows = prompts * args.num_samples, rows * args.num_samples
-    padding = torch.tensor([[max(map(len, rows)) - len(row)] for row in rows], device=args.device)
-    tokens = torch.tensor([[0] * int(pad) + row for pad, row in zip(padding, rows)], device=args.device)
-    if padding.any():           # each prompt is a document, and so is the padding on its left
-        reset = torch.arange(tokens.shape[1], device=args.device) == padding
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=args.device)
+    starts = torch.tensor([[longest - len(row)] for row in rows], device=args.device)
+    # Each prompt is a document, and so is the padding on its left.
+    reset = torch.arange(longest, device=args.device) == starts if starts.any() else None
     stop = tokenizer.token_to_id("<|endoftext|>")
     stop = model.config.eos_token_id if stop is None else stop
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop,
                      torch.Generator(args.device).manual_seed(args.seed), state, reset)
-    state, made, times = write(steps, tokenizer, prompts, stop)
+    made, times = write(steps, tokenizer, prompts, stop)
 
-    if args.save_state:         # with the last token, which the state has not read
-        save_state(args.save_state, state or model.blank_state(1), made[0][-1] if made[0] else rows[0][-1])
+    if args.save_state:
+        with new_file(args.save_state) as file:
+            file.write(save(packed(state, made[-1][0] if made else rows[0][-1])))
     if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
-        weights -= sum(p.numel() * p.element_size() for p in model.backbone.embeddings.parameters())
-    report = [f"seed {args.seed}", f"{sum(map(len, made))} tokens made"]
+        weights -= model.backbone.embeddings.weight.nbytes
+    report = f"seed {args.seed}; {len(times) - 1} steps"
     if len(times) > 1:
-        report.append(f"prefill {sum(map(len, rows)) / (times[1] - times[0]):.1f} tokens/s")
+        report += f"; prefill {sum(map(len, rows)) / (times[1] - times[0]):.1f} tokens/s"
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
-        report.append(f"decode {rate * len(rows):.1f} tokens/s, {rate * weights / 1e9:.1f} GB/s of weights")
-    print(f"{'; '.join(report)}; at most {peak_memory(args.device)}", file=sys.stderr)
+        report += f"; decode {rate * len(rows):.1f} tokens/s, {rate * weights / 1e9:.1f} GB/s of weights"
+    print(f"{report}; at most {peak_memory(args.device)}", file=sys.stderr)
 
 
 def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str],
-          stop: int) -> tuple[State | None, list[list[int]], list[float]]:
-    """Print the first text as it is made and the others after it -> the state, each row's tokens, the times.
+          stop: int) -> tuple[list[list[int]], list[float]]:
+    """Print the first text as it is made and the others after it -> the tokens of each step, and the times.
 
-    A row's tokens end with `stop` if it came; a character is printed once all of its bytes are there.
+    A character is printed once all of its bytes are there.
     """
     decoders, texts = [DecodeStream() for _ in prompts], list(prompts)
-    made, times, shown = [[] for _ in prompts], [time.perf_counter()], 0
-    while True:
-        try:                    # no for loop, as that would lose what the generator returns
-            row_tokens = next(steps).tolist()
-        except StopIteration as end:
-            print("\n".join([texts[0][shown:], *texts[1:]]))
-            return end.value, made, times
+    made, times = [], [time.perf_counter()]
+    print(texts[0], end="", flush=True)
+    for step in steps:
+        made.append(step.tolist())
         times.append(time.perf_counter())
-        for i, token in enumerate(row_tokens):
-            if stop not in made[i][-1:]:
-                made[i].append(token)
-                texts[i] += "" if token == stop else decoders[i].step(tokenizer, token) or ""
-        print(texts[0][shown:], end="", flush=True)
-        shown = len(texts[0])
+        pieces = ["" if token == stop else decoder.step(tokenizer, token) or ""
+                  for decoder, token in zip(decoders, made[-1])]
+        print(pieces[0], end="", flush=True)
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+    print("", *texts[1:], sep="\n")
+    return made, times
 
 
 def number(kind: type, low: float, high: float):
     """An argparse type: a number of that kind from low to high."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {whole}number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text:.50} is not from {low} to {high}")
-        return value
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text!r:.50} is no {whole}number from {low} to {high}")
     return parse
 
 
@@ -379,7 +336,8 @@ def main() -> None:
         help="0 takes the likeliest (default %(default)s)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
     add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this probability")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="the same seed, the same text (default: a new one)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=torch.seed() % 2**63,
+        help="the same seed, the same text (default: a new one)")
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: as stored")
@@ -388,20 +346,17 @@ def main() -> None:
     add("--save-state", type=Path, metavar="FILE", help="where to keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
     args = parser.parse_args()
-    if not args.prompt and not args.load_state:
-        parser.error("give a --prompt, or a --load-state to go on from")
-    if (args.save_state or args.load_state) and len(args.prompt or [""]) > 1:
-        parser.error(f"a state file holds one text, but there are {len(args.prompt)} prompts")
-    if args.save_state and args.num_samples > 1:
-        parser.error(f"a state file holds one text, but --num-samples is {args.num_samples}")
+    args.prompt = args.prompt or [""]
+    prompts = len(args.prompt)
+    if args.load_state and prompts > 1 or args.save_state and prompts * args.num_samples > 1:
+        parser.error(f"a state file holds one text, but there are {prompts} prompts and --num-samples is "
+                     f"{args.num_samples}")
+    if (path := args.save_state) and (path.is_dir() or not os.access(f"{path.parent}/", os.W_OK)):
+        parser.error(f"--save-state {args.save_state} is a folder, or in none that can be written to")
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if args.compile and args.device.type == "cpu" and os.name == "posix" and not shutil.which(compiler):
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
-    args.seed = torch.seed() % 2**63 if args.seed is None else args.seed
     try:
-        folder = args.save_state and args.save_state.parent
-        if folder and (args.save_state.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
-            parser.error(f"--save-state {args.save_state} is a folder, or in none that can be written to")
         run(args)
     except BrokenPipeError:     # whoever read the text has had enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

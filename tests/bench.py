@@ -209,18 +209,14 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     import torch
     from mamba import Mamba, MambaConfig
     from sample import generate
-    c, count, state, seen = MambaConfig(**sizes["generate"]), sizes["written"] + 1, None, 0
+    c, count, seen = MambaConfig(**sizes["generate"]), sizes["written"] + 1, 0
 
-    def timed(steps):       # and what the generator returns in the end
-        times = []
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:])), end.value
-            times.append(time.perf_counter())
+    def timed(steps):
+        times = [time.perf_counter() for _ in steps]
+        return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:]))
     if peer == "ours":
         model = Mamba.from_pretrained(folder / "generate", device)
+        state = model.blank_state(1)
     else:                   # as many weights, in half as many layers
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
         llama = LlamaConfig(hidden_size=c.d_model, intermediate_size=c.d_model * 8 // 3,
@@ -230,7 +226,7 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     for now in sizes["lengths"]:
         if peer == "ours":  # each text is the one before it, read on from its state
             text = torch.tensor([tokens(now - seen, now, c.vocab_size)], device=device)
-            ms, state = timed(generate(model, text, count, 0, state=state))
+            ms = timed(generate(model, text, count, 0, state=state))
             kept, seen = [*state.conv, *state.ssm], now + count - 1
         else:               # keys and values of any numbers cost the same, so no text need be read
             shape = 1, llama.num_key_value_heads, now, llama.head_dim
@@ -245,7 +241,7 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
                 for _ in range(count):
                     token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
                     yield token.item()
-            ms, _ = timed(steps())
+            ms = timed(steps())
         yield {"tokens": now, "ms": ms, "state_mb": sum(v.numel() * v.element_size() for v in kept) / 1e6}
 
 

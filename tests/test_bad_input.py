@@ -535,8 +535,13 @@ def test_standard_input_that_is_empty_or_closed_is_refused(folder, refused, monk
     refused(sample, "--model", folder, "--prompt", "-", words=["standard input"])
 
 
+def test_standard_input_is_read_without_its_last_newline(folder, call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    assert call(sample, "--model", folder, "--prompt", "-", "--max-new-tokens", 0)[:2] == (0, "a\nb\n")
+
+
 def test_running_out_of_memory_is_a_sentence(folder, call, monkeypatch):
-    def full(*args):
+    def full(*args, **kwargs):
         return torch.empty(2**45)       # what the CPU's allocator says: a plain RuntimeError
     monkeypatch.setattr(Mamba, "forward", full)
     status, _, err = call(sample, "--model", folder, "--prompt", "a")
@@ -614,12 +619,13 @@ def test_a_state_of_another_models_sizes_is_refused_with_both(folder, refused, s
 
 
 @pytest.mark.parametrize("name, dtype", [
-    ("conv", torch.int32), ("conv", torch.complex64), ("ssm", torch.int64), ("ssm", torch.bool),
-    ("last", torch.float32), ("last", torch.bool)])
+    ("conv", torch.int32), ("conv", torch.complex64), ("conv", torch.float8_e4m3fn), ("ssm", torch.int64),
+    ("ssm", torch.bool), ("last", torch.float32), ("last", torch.bool)])
 def test_a_state_of_the_wrong_kind_of_numbers_is_refused(folder, refused, state, name, dtype):
     tensors = load_file(state)
     save_file(tensors | {name: tensors[name].to(dtype)}, state)
-    refused(sample, "--model", folder, "--load-state", state, words=[name])
+    refused(sample, "--model", folder, "--load-state", state,
+            words=[name, "floats" if dtype == torch.float32 else dtype])
 
 
 @pytest.mark.parametrize("token", [-1, 257, 2**62, -2**63])
@@ -628,15 +634,24 @@ def test_a_state_whose_token_is_out_of_range_is_refused(folder, refused, state, 
     refused(sample, "--model", folder, "--load-state", state, words=[token, "257"])
 
 
-def test_a_state_that_is_not_finite_is_not_blamed_on_the_model(folder, refused, state):
+@pytest.mark.parametrize("name", ["conv", "ssm"])
+def test_a_state_that_is_not_finite_is_not_blamed_on_the_model(folder, refused, state, name):
     tensors = load_file(state)
-    save_file(tensors | {"ssm": torch.full_like(tensors["ssm"], NAN)}, state)
+    save_file(tensors | {name: torch.full_like(tensors[name], NAN)}, state)
     refused(sample, "--model", folder, "--load-state", state, words=[state])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_state_in_floats_of_another_size_continues(folder, call, state, dtype):
+    tensors = load_file(state)
+    save_file(tensors | {"conv": tensors["conv"].to(dtype), "ssm": tensors["ssm"].to(dtype)}, state)
+    assert call(sample, "--model", folder, "--load-state", state, "--max-new-tokens", 3)[0] == 0
 
 
 def test_a_state_that_cannot_be_kept_is_refused_before_anything_is_written(folder, refused, tmp_path):
     for path in (tmp_path / "no" / "state", folder / "config.json" / "state", tmp_path, ""):
-        refused(sample, "--model", folder, "--prompt", "a", "--max-new-tokens", 2, "--save-state", path)
+        refused(sample, "--model", folder, "--prompt", "a", "--max-new-tokens", 2, "--save-state", path,
+                words=[path])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
@@ -655,6 +670,11 @@ def test_a_full_disk_leaves_the_old_state_whole(folder, call, state):
 def test_a_state_file_for_more_than_one_text_is_refused(folder, refused, tmp_path, flags, word):
     refused(sample, "--model", folder, *flags, "--save-state", tmp_path / "state", words=[word])
     assert not (tmp_path / "state").exists()
+
+
+def test_a_state_file_goes_on_in_one_text_alone(folder, refused, state):
+    refused(sample, "--model", folder, "--load-state", state, "--prompt", "a", "--prompt", "b",
+            words=["2 prompts"])
 
 
 # Saving.

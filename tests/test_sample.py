@@ -54,10 +54,8 @@ def test_a_long_prompt_is_read_in_pieces_without_a_trace(folder, monkeypatch):
     model, states = Mamba.from_pretrained(folder), []
     for size in (512, 7):
         monkeypatch.setattr(sample, "PIECE", size)
-        steps = generate(model, torch.arange(100)[None], 0)
-        with pytest.raises(StopIteration) as end:
-            next(steps)
-        states.append(end.value.value)      # what the prompt left, all but its last token
+        states.append(model.blank_state(1))
+        assert not list(generate(model, torch.arange(100)[None], 0, state=states[-1]))     # which moves on
     for a, b in zip(*map(sum, states, ([], []))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -73,22 +71,25 @@ def test_a_stopped_row_goes_on_yielding_stop_and_all_stopped_ends(folder):
 
 
 def test_top_k_and_top_p_draw_only_from_the_likeliest():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().expand(2000, 4)
     g = torch.Generator().manual_seed(0)
-    assert set(choose(logits, 1.0, 2, None, g).tolist()) == {0, 1}
-    assert set(choose(logits, 1.0, None, 0.75, g).tolist()) == {0, 1}
-    assert set(choose(logits, 1.0, None, 0.9, g).tolist()) == {0, 1, 2}
-    assert set(choose(logits, 1.0, None, 1e-9, g).tolist()) == {0}
+    assert set(choose(logits, 1.0, 2, None, g).tolist()) == {1, 3}
+    assert set(choose(logits, 1.0, None, 0.75, g).tolist()) == {1, 3}
+    assert set(choose(logits, 1.0, None, 0.9, g).tolist()) == {0, 1, 3}
+    assert set(choose(logits, 1.0, None, 1e-9, g).tolist()) == {1}
     counts = choose(logits, 1.0, None, None, g).bincount(minlength=4) / 2000
     assert (counts - logits[0].exp()).abs().max() < 0.05
-    assert set(choose(logits, 1e-30, None, None, g).tolist()) == {0}
+    assert set(choose(logits, 1e-30, None, None, g).tolist()) == {1}
 
 
 def test_the_same_seed_writes_the_same_text_and_only_text(folder, monkeypatch, capsys):
     flags = ["--prompt", "def ", "--max-new-tokens", "30", "--seed", "5"]
     first, second = (run(monkeypatch, capsys, folder, *flags) for _ in range(2))
     assert first.out == second.out and first.out.startswith("def ")
-    assert "tokens/s" in first.err and "GB/s" in first.err and "tokens/s" not in first.out
+    for words in ("scan: ", "loaded in", "prefill ", "decode ", "tokens/s", "GB/s", "memory"):
+        assert words in first.err and words not in first.out
+    one, other = (run(monkeypatch, capsys, folder, *flags[:-2]).out for _ in range(2))
+    assert one != other
 
 
 def test_unequal_prompts_write_what_each_writes_alone(folder, monkeypatch, capsys):
@@ -96,6 +97,18 @@ def test_unequal_prompts_write_what_each_writes_alone(folder, monkeypatch, capsy
     alone = [run(monkeypatch, capsys, folder, "--prompt", p, *flags).out for p in ("a", "hello there")]
     both = run(monkeypatch, capsys, folder, "--prompt", "a", "--prompt", "hello there", *flags).out
     assert both == "".join(alone)
+
+
+def test_a_character_is_printed_once_all_its_bytes_are_there_and_the_stop_never(capsys):
+    tokenizer, shown = byte_tokenizer(), []
+
+    def steps():        # the second text has ended before the first
+        for token in [*tokenizer.encode("aé€").ids, 256]:
+            yield torch.tensor([token, 256])
+            shown.append(capsys.readouterr().out)
+    made, times = sample.write(steps(), tokenizer, [">", "b"], 256)
+    assert shown == [">a", "", "é", "", "", "€", ""] and capsys.readouterr().out == "\nb\n"
+    assert len(made) == 7 and made[-1] == [256, 256] and times == sorted(times) and len(times) == 8
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4])
