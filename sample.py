@@ -40,23 +40,21 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     Temperature 0 takes the likeliest token. Otherwise one is drawn from softmax(logits / temperature), from
     the top_k likeliest and from the smallest set of them that holds top_p of the probability. A row that has
     yielded `stop` goes on yielding it; when all have, generation ends. reset (b, l) is as in Mamba.forward:
-    padding on the left is a document. `state`, if given, moves on: its lists hold what was read so far, in
-    the end all tokens but the last. ValueError if there is no token to read, or if logits are not finite.
+    padding on the left is a document. In the end `yield from generate(...)` gives the state after all tokens
+    but the last. ValueError if there is no token to read, or if logits are not finite.
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    state = state or model.blank_state(len(tokens))
     last = tokens.shape[1] - 1      # which the loop below reads, as it then reads each new token
     for i in range(0, last, PIECE):
         now = slice(i, min(i + PIECE, last))
-        starts = None if reset is None else reset[:, now]
-        _, (state.conv[:], state.ssm[:]) = model(tokens[:, now], state, starts, last_only=True)
+        _, state = model(tokens[:, now], state, None if reset is None else reset[:, now], last_only=True)
     token, done = tokens[:, last], torch.zeros_like(tokens[:, last], dtype=torch.bool)      # (b,) each
     step = partial(model, reset=None if reset is None else reset[:, last:])
     for i in range(max_new_tokens):
         if i == 1:      # from the second step on all are alike
-            step = model if not tokens.is_cuda else recorded(model, token, state)
-        logits, (state.conv[:], state.ssm[:]) = step(token[:, None], state)
+            step = replayed(model, state) if tokens.is_cuda else model
+        logits, state = step(token[:, None], state)
         token = choose(logits[:, 0], temperature, top_k, top_p, generator)
         if stop is not None:
             token = token.masked_fill(done, stop)
@@ -64,17 +62,33 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         yield token
         if done.all():
             break
+    return state
 
 
-def recorded(model: Mamba, token: Tensor, state: State):
+def replayed(model: Mamba, state: State):
     """model(token, state) for one token a row, as a CUDA graph: one launch, not a thousand.
 
-    A graph is a recording of kernels, which replays on the memory that it was recorded with. PyTorch copies
-    into it what each call is given; the caller keeps this token, so we give a copy. A plain function is
-    recorded, as a module's weights would be inputs too. We have not run this on a GPU yet.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with. So a step reads
+    its token from a buffer and overwrites `state`, whatever it is given. We have not run this on a GPU yet.
     """
-    with torch.cuda.device(token.device):
-        return torch.cuda.make_graphed_callables(lambda *now: model(*now), (token[:, None].clone(), state))
+    with torch.cuda.device(state.ssm[0].device):
+        token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device="cuda")
+        side = torch.cuda.Stream()      # PyTorch asks for a warm-up on a stream of its own before a capture
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(token, state)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, after = model(token, state)
+            for old, new in zip([*state.conv, *state.ssm], [*after.conv, *after.ssm]):
+                old.copy_(new)
+
+    def step(new_token, _):
+        token.copy_(new_token)
+        graph.replay()
+        return logits, state
+    return step
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
@@ -242,9 +256,13 @@ def run(args: argparse.Namespace) -> None:
     reset = torch.arange(longest, device=args.device) == starts if starts.any() else None
     stop = tokenizer.token_to_id("<|endoftext|>")
     stop = model.config.eos_token_id if stop is None else stop
-    steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop,
-                     torch.Generator(args.device).manual_seed(args.seed), state, reset)
-    made, times = write(steps, tokenizer, prompts, stop)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+
+    def steps():
+        nonlocal state
+        state = yield from generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k,
+                                    args.top_p, stop, generator, state, reset)
+    made, times = write(steps(), tokenizer, prompts, stop)
 
     if args.save_state:
         with new_file(args.save_state) as file:

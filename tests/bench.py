@@ -209,14 +209,17 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     import torch
     from mamba import Mamba, MambaConfig
     from sample import generate
-    c, count, seen = MambaConfig(**sizes["generate"]), sizes["written"] + 1, 0
+    c, count, state, seen = MambaConfig(**sizes["generate"]), sizes["written"] + 1, None, 0
 
     def timed(steps):
         times = [time.perf_counter() for _ in steps]
         return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:]))
     if peer == "ours":
         model = Mamba.from_pretrained(folder / "generate", device)
-        state = model.blank_state(1)
+
+        def steps(text):
+            nonlocal state
+            state = yield from generate(model, text, count, 0, state=state)
     else:                   # as many weights, in half as many layers
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
         llama = LlamaConfig(hidden_size=c.d_model, intermediate_size=c.d_model * 8 // 3,
@@ -226,7 +229,7 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     for now in sizes["lengths"]:
         if peer == "ours":  # each text is the one before it, read on from its state
             text = torch.tensor([tokens(now - seen, now, c.vocab_size)], device=device)
-            ms = timed(generate(model, text, count, 0, state=state))
+            ms = timed(steps(text))
             kept, seen = [*state.conv, *state.ssm], now + count - 1
         else:               # keys and values of any numbers cost the same, so no text need be read
             shape = 1, llama.num_key_value_heads, now, llama.head_dim
