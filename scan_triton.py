@@ -4,12 +4,8 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep, whose values lie in registers: values too
-many for these spill to memory, and a sum over threads takes shuffles between them. A Triton program is here
-one warp.
-
 A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in memory. But one
-sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is cut into chunks
+sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is cut in chunks
 and walked twice, as a chunk does no more than h_end = decay * h_start + local:
     pass 1   every chunk at once, from h = 0: its local and its decay         scan_kernel, without y
     pass 2   a short walk over chunks: the state that enters each             carry_kernel
@@ -17,12 +13,12 @@ and walked twice, as a chunk does no more than h_end = decay * h_start + local:
 When the batch alone fills the GPU there is one chunk, and pass 3 is all. It keeps a state every 256 steps or
 so. The stretches between these are the chunks of the backward, which is the same three passes from the end.
 
-These kernels pass their tests in Triton's interpreter (TRITON_INTERPRET=1 runs it on the CPU), and were never
-timed: `python scan_triton.py` estimates what they cost on an H100 from the instructions it compiles them to.
-Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel.
+An SM, of which an H100 has 132, runs many warps: 32 threads in lockstep, here one Triton program. Values too
+many for a thread's registers spill to memory, and a sum over threads takes shuffles between them. So the code
+says what it costs; `python scan_triton.py` counts it in the machine code. No kernel here was ever timed on a
+GPU: the tests run them in Triton's interpreter, on a CPU, as TRITON_INTERPRET=1 does.
+Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel. States and sums are in fp32.
 """
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +29,7 @@ try:
 except ImportError:
     raise ImportError('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = 32        # channels a program: in scan_kernel a thread has one, and sums over n need no shuffles
+CHANNELS = tl.constexpr(32)     # of a program: in scan_kernel a thread has one, and sums over n need no shuffles
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
@@ -44,12 +40,11 @@ LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
 
 
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
-    """How many chunks to cut time into: one if channels alone fill the GPU, else enough for 64 warps an SM.
-
-    12 warps keep an SM busy while some of them wait for memory. About 20 fit at a time: 64 are three rounds,
-    so a last, partial one is cheap. From 128 steps on a chunk's kept state is a quarter of its x in bf16."""
-    warps = max(1, b * -(-d // CHANNELS))
-    return 1 if warps >= 12 * sm_count else max(1, min(-(-64 * sm_count // warps), l // 128))
+    """How many chunks to cut time into: one if channels alone keep the GPU busy, which takes 12 warps an SM.
+    Else enough for 64, three rounds of the 20 or so that fit, so that a last, partial round is cheap. In 128
+    steps or more, a chunk's kept state is at most a quarter of its x in bf16."""
+    warps = max(1, b * triton.cdiv(d, CHANNELS))
+    return 1 if warps >= 12 * sm_count else max(1, min(triton.cdiv(64 * sm_count, warps), l // 128))
 
 
 @triton.jit
@@ -89,11 +84,10 @@ def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.cons
 
 
 @triton.jit
-def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, CHANNELS: tl.constexpr,
-          STEPS: tl.constexpr):
-    # A program takes CHANNELS channels, c, through one chunk: the k-th of all, with `chunks` for each sequence,
-    # of `chunk` steps each, from step `since` on. Offsets are made from k in int64, as b * l * d passes 2^31.
-    tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
+def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    # A program takes CHANNELS channels, c, through one chunk, the k-th of all: each sequence has `chunks`, of
+    # `chunk` steps, from step `since` on. Offsets are made from k, in int64, as b * l * d passes 2^31.
+    tiles: tl.constexpr = triton.cdiv(d, CHANNELS)
     k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, triton.next_power_of_2(n))
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     first = since + (k % chunks).to(tl.int32) * chunk
@@ -109,9 +103,8 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, CHANNELS: t
 # document starts and else 0 (None: none does). For the lengths and k see begin.
 #
 # Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
-# skip the lines about dy, dh and decay at first. (For states at multiples of 16 Triton would load four
-# channels a thread, and spread the states of each over four threads. Kept from knowing, it gives a thread a
-# channel.)
+# skip the lines about dy, dh and decay at first. For states at multiples of 16 Triton would give a thread four
+# channels and a quarter of their states each. Kept from knowing, it gives a thread a channel.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
@@ -121,9 +114,8 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
                 kept_ptr,              # (b, chunks * chunk / keep, n, d) out: h every `keep` steps; or None
                 end_ptr,               # (b, chunks, n, d) out: what leaves each chunk; backward: local dh
                 decay_ptr,             # (b, chunks, n, d) out: each chunk's decay; or None
-                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, CHANNELS: tl.constexpr,
-                STEPS: tl.constexpr):
-    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, CHANNELS, STEPS)
+                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, STEPS)
     A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
     h = tl.zeros_like(A) if enter_ptr is None else load(enter_ptr, k * n * d + tile, live)
     dh, decay, time = tl.zeros_like(A), tl.full(A.shape, 1.0, tl.float32), tl.zeros_like(bias)
@@ -164,8 +156,8 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwritten with what leaves
                  decay_ptr,            # (b, chunks, size), size = n * d
                  local_ptr,            # (b, chunks, size): overwritten with what enters each chunk
-                 chunks, size: tl.constexpr, FROM_END: tl.constexpr, CHANNELS: tl.constexpr):
-    tiles: tl.constexpr = (size + CHANNELS - 1) // CHANNELS
+                 chunks, size: tl.constexpr, FROM_END: tl.constexpr):
+    tiles: tl.constexpr = triton.cdiv(size, CHANNELS)
     seq = (tl.program_id(0) // tiles).to(tl.int64)
     i = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     h = load(carry_ptr, seq * size + i, i < size)
@@ -177,11 +169,11 @@ def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwr
     tl.store(carry_ptr + seq * size + i, h, i < size)
 
 
-# Backward. scan.py derives it above its chunk_steps, in these names, but for u_t = exp(delta_t A) h_{t-1} and
-# du = dh_t u_t, which is d(delta_t A). h runs forward, dh runs back, and h cannot be run back: that would divide
-# by decays. So scan_kernel walks each chunk once more and leaves h every STEPS steps in scratch. What a chunk
-# adds to dh, the sum over its t of (its decay up to t) C_t g_t, takes no more than decays, so the same walk
-# sums it (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass 2), and
+# Backward: the equations above chunk_steps in scan.py, in their names, and with u_t = exp(delta_t A) h_{t-1}
+# and du = dh_t u_t, which is d(delta_t A). h runs forward, dh runs back, and h cannot be run back: that would
+# divide by decays. So scan_kernel walks each chunk once more and leaves h every STEPS steps in scratch. What a
+# chunk adds to dh, the sum over its t of (its decay up to t) C_t g_t, takes no more than decays, so the same
+# walk sums it (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass 2), and
 # adjoint_kernel walks back, with the states of a block in registers (pass 3).
 #
 # dB and dC are sums over channels. With a thread a channel they would take 160 shuffles a step: 2 x 16 sums
@@ -194,9 +186,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
                    dx_ptr, ddt_ptr,    # (b, l, d) out
                    dBC_ptr,            # (b, chunks, tiles, chunk, 2, n) out: dB and dC, of these channels
                    sums_ptr,           # (b, chunks, n + 2, d) out: dA, dD and dbias, of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, CHANNELS: tl.constexpr,
-                   STEPS: tl.constexpr):
-    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, CHANNELS, STEPS)
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, STEPS)
     A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
     dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros_like(A)
     dD, dbias = tl.zeros_like(D), tl.zeros_like(bias)
@@ -237,15 +228,15 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
     tl.store(sums + (n + 1) * d + c, dbias, c < d)
 
 
-# What PyTorch sees: three operators, opaque to torch.compile, with rules for shapes and for the gradient. They
-# end with the arguments that both big kernels begin with.
+# What PyTorch sees: three operators, opaque to torch.compile, with rules for shapes and for the gradient.
+# These are the last arguments of each, and the first ones of both big kernels.
 INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, Tensor? reset"
 
 
-def launch(kernel, programs: int, *args, **sizes) -> None:
+def launch(kernel, rows: int, width: int, *args, **sizes) -> None:
     # On x's GPU, as Triton takes the current one. All in a grid's first axis: the others end at 65535.
     with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](*args, **sizes, CHANNELS=CHANNELS, num_warps=1)
+        kernel[(rows * triton.cdiv(width, CHANNELS),)](*args, **sizes, num_warps=1)
 
 
 def cut_time(x: Tensor) -> tuple[int, int]:
@@ -260,28 +251,26 @@ def cut_time(x: Tensor) -> tuple[int, int]:
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
                          schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
 def scan(h0, *inputs):
-    """y, the last h, and the states from which the backward starts. h and h0 are (b, n, d)."""
-    x, *rest = inputs = [t if t is None else t.contiguous() for t in inputs]
-    (b, l, d), n, (chunk, keep) = x.shape, h0.shape[1], cut_time(x)
-    chunks, tiles = triton.cdiv(l, chunk), triton.cdiv(d, CHANNELS)
-    sizes = dict(l=l, since=0, chunk=chunk, chunks=chunks, keep=keep, d=d, n=n, STEPS=STEPS)
+    """y, the last h, and the states from which the backward starts. h0 and h are (b, n, d)."""
+    inputs = [t if t is None else t.contiguous() for t in inputs]
     y, h, kept = empty_outputs(h0, *inputs)
-    new = partial(torch.empty, (b, chunks, n, d), dtype=torch.float32, device=x.device)
-    enter, end = h.copy_(h0), new()
+    (b, l, d), n, (chunk, keep) = y.shape, h.shape[1], cut_time(y)
+    chunks = triton.cdiv(l, chunk)
+    sizes = dict(l=l, since=0, chunk=chunk, chunks=chunks, keep=keep, d=d, n=n, STEPS=STEPS)
+    enter, end = h.copy_(h0), h.new_empty(b, chunks, n, d)
     if chunks > 1:
-        enter, decay = new(), new()
-        launch(scan_kernel, b * chunks * tiles, *inputs, None, None, None, None, enter, decay, **sizes)
-        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), h, decay, enter, chunks, n * d, False)
-    launch(scan_kernel, b * chunks * tiles, *inputs, None, enter, y, kept, end, None, **sizes)
+        enter, decay = h.new_empty(end.shape), h.new_empty(end.shape)
+        launch(scan_kernel, b * chunks, d, *inputs, None, None, None, None, enter, decay, **sizes)
+        launch(carry_kernel, b, n * d, h, decay, enter, chunks, n * d, False)
+    launch(scan_kernel, b * chunks, d, *inputs, None, enter, y, kept, end, None, **sizes)
     return y, h.copy_(end[:, -1]), kept
 
 
 @scan.register_fake
 def empty_outputs(h0, x, *_):
     chunk, keep = cut_time(x)
-    kept = len(x), triton.cdiv(x.shape[1], chunk) * chunk // keep, *h0.shape[1:]
-    new = partial(torch.empty, dtype=torch.float32, device=x.device)
-    return new(x.shape, dtype=x.dtype), new(h0.shape), new(kept)
+    kept = triton.cdiv(x.shape[1], chunk) * (chunk // keep)
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), h0.new_empty(len(x), kept, *h0.shape[1:])
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
@@ -290,10 +279,10 @@ def scan_backward(dy, dh, kept, *inputs):
     """The gradients of h0 and of the first eight inputs, or seven without z."""
     dy, *inputs = (t if t is None else t.contiguous() for t in (dy, *inputs))
     dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads = empty_grads(dy, dh, kept, *inputs)
-    (b, l, d), n, (_, chunk), tiles = dy.shape, dh.shape[1], cut_time(dy), triton.cdiv(dy.shape[2], CHANNELS)
-    new, sums = partial(torch.empty, dtype=torch.float32, device=dy.device), 0
-    bytes_a_chunk = 4 * b * chunk * tiles * n * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
-    total, group = triton.cdiv(l, chunk), max(1, SCRATCH // max(1, bytes_a_chunk))
+    (b, l, d), n, (_, chunk), new, sums = dy.shape, dh.shape[1], cut_time(dy), kept.new_empty, 0
+    total, tiles = triton.cdiv(l, chunk), triton.cdiv(d, CHANNELS)
+    bytes_a_chunk = 4 * b * chunk * n * (d // STEPS + 2 * tiles)           # a state a block; sums for dB, dC
+    group = max(1, SCRATCH // max(1, bytes_a_chunk))
     dh0.copy_(dh)
     for k in reversed(range(0, total, group)):
         since, chunks = k * chunk, min(group, total - k)
@@ -301,10 +290,10 @@ def scan_backward(dy, dh, kept, *inputs):
         enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, n, d)
         blocks, local, decay = new(b, chunks * chunk // STEPS, n, d), new(enter.shape), new(enter.shape)
         dBC, part = new(b, chunks, tiles, chunk, 2, n), new(b, chunks, n + 2, d)
-        launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
+        launch(scan_kernel, b * chunks, d, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
-        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), dh0, decay, local, chunks, n * d, True)
-        launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
+        launch(carry_kernel, b, n * d, dh0, decay, local, chunks, n * d, True)
+        launch(adjoint_kernel, b * chunks, d, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
         dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :dB.shape[1] - since].unbind(2)
         sums = sums + part.sum((0, 1))                                     # (n + 2, d)
@@ -336,7 +325,7 @@ def step(h, *inputs):
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
     x, *rest = (t if t is None else t.contiguous() for t in inputs)
     (b, d, n), y = h.shape, x.new_empty(x.shape)
-    launch(scan_kernel, b * triton.cdiv(d, CHANNELS), x, *rest, None, h, y, None, h, None,
+    launch(scan_kernel, b, d, x, *rest, None, h, y, None, h, None,
            l=1, since=0, chunk=1, chunks=1, keep=1, d=d, n=n, STEPS=1)
     return y
 
@@ -344,7 +333,7 @@ def step(h, *inputs):
 step.register_fake(lambda h, x, *_: x.new_empty(x.shape))
 
 
-def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None) -> tuple[Tensor, Tensor]:
+def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
     """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, and the last state h (b, d, n) in fp32."""
     if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):
         raise ValueError(f'the Triton scan needs CUDA tensors and x is on {x.device}: use backend="auto", or '

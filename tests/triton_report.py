@@ -42,7 +42,7 @@ def build(label: str, target: str, reset: bool = False):
     """Compile one kernel with the 7B's constants."""
     name, constants = KERNELS[label]
     kernel = getattr(st, name)
-    constants = dict(d=d, n=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS) | constants
+    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS) | constants
     if not reset:
         constants.update(reset_ptr=None)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
@@ -98,7 +98,7 @@ def chunks() -> int:
 def traffic() -> dict:
     """Bytes each kernel must move to and from HBM. B, C and the like are small, and stay in the caches."""
     row, states = 2 * b * l * d, 4 * b * d * n            # x in bf16; all states at one time, in fp32
-    blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * d // st.CHANNELS
+    blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * triton.cdiv(d, st.CHANNELS)
     tiles = chunks() * states                             # one tensor of a state a chunk
     return {"pass 1: reduce": 2 * row + 2 * tiles, "pass 2: carry": 3 * tiles,
             "pass 3: scan": 4 * row + 3 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
