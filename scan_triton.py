@@ -13,14 +13,12 @@ and walked twice, as a chunk does no more than h_end = decay * h_start + local:
 When the batch alone fills the GPU there is one chunk, and pass 3 is all. It keeps a state every 256 steps or
 so. The stretches between these are the chunks of the backward, which is the same three passes from the end.
 
-An SM, of which an H100 has 132, runs many warps: 32 threads in lockstep, here one Triton program. Values too
-many for a thread's registers spill to memory, and a sum over threads takes shuffles between them. So the code
-says what it costs; `python scan_triton.py` counts it in the machine code. No kernel here was ever timed on a
-GPU: the tests run them in Triton's interpreter, on a CPU, as TRITON_INTERPRET=1 does.
-Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel. States and sums are in fp32.
+An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep and here one Triton program. Values too many
+for registers spill to memory, and a sum over threads takes shuffles between them. `python scan_triton.py`
+compiles it all for an H100, GPU or not, and estimates its time: not yet measured, it is verified in Triton's
+interpreter, on a CPU. Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel, all in fp32.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -29,7 +27,7 @@ try:
 except ImportError:
     raise ImportError('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = tl.constexpr(32)     # of a program: in scan_kernel a thread has one, and sums over n need no shuffles
+CHANNELS = tl.constexpr(32)    # a program: in scan_kernel a thread has one, and sums over n need no shuffles
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
@@ -70,8 +68,7 @@ def load(ptr, at, mask, other: tl.constexpr = 0.0):
 
 @triton.jit
 def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used. After the end dt is -inf, so delta is 0, a step
-    # that changes nothing.
+    # A block's rows, all requested before one is used. After the end dt is -inf, so delta is 0: no change.
     xs, dts, zs, gs, resets = (), (), (), (), ()
     for s in tl.static_range(STEPS):
         at, live = (row + s) * d + c, s < tl.where(c < d, left, 0)
@@ -103,8 +100,8 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.c
 # document starts and else 0 (None: none does). For the lengths and k see begin.
 #
 # Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
-# skip the lines about dy, dh and decay at first. For states at multiples of 16 Triton would give a thread four
-# channels and a quarter of their states each. Kept from knowing, it gives a thread a channel.
+# skip the lines about dy, dh and decay at first. If Triton knew states to lie at multiples of 16, it would
+# load four channels a thread and spread the states of each over four threads. So it gives a thread a channel.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
@@ -124,8 +121,7 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
         row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
         if kept_ptr is not None and t == due:
             tl.store(kept_ptr + kept * n * d + tile, h, live)
-            due += keep
-            kept += 1
+            due, kept = due + keep, kept + 1
         xs, dts, zs, gs, resets = load_block(
             x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         ys = ()
@@ -169,16 +165,14 @@ def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwr
     tl.store(carry_ptr + seq * size + i, h, i < size)
 
 
-# Backward: the equations above chunk_steps in scan.py, in their names, and with u_t = exp(delta_t A) h_{t-1}
-# and du = dh_t u_t, which is d(delta_t A). h runs forward, dh runs back, and h cannot be run back: that would
-# divide by decays. So scan_kernel walks each chunk once more and leaves h every STEPS steps in scratch. What a
-# chunk adds to dh, the sum over its t of (its decay up to t) C_t g_t, takes no more than decays, so the same
-# walk sums it (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass 2), and
-# adjoint_kernel walks back, with the states of a block in registers (pass 3).
+# Backward: the equations above chunk_steps in scan.py, in their names, with u_t = exp(delta_t A) h_{t-1} and
+# du = d(delta_t A) = dh_t u_t. h cannot be run back: that would divide by decays. So scan_kernel walks each
+# chunk once more, leaves h every STEPS steps in scratch, and sums what the chunk adds to dh: C_t g_t times
+# the decay up to t (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass
+# 2), and adjoint_kernel walks back, with the states of a block in registers (pass 3).
 #
-# dB and dC are sums over channels. With a thread a channel they would take 160 shuffles a step: 2 x 16 sums
-# in log2(32) moves. Here the compiler does know the pointers to be aligned and gives a thread 4 states of 4
-# channels: 40 shuffles.
+# dB and dC sum over channels: with a thread a channel, 2 x 16 sums a step in log2(32) shuffles each. Here the
+# compiler knows the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles, not 160.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr, dy_ptr,
                    blocks_ptr,         # (b, chunks * chunk / STEPS, n, d): what enters each block
@@ -198,7 +192,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
         xs, dts, zs, gs, resets = load_block(
             x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         h = load(blocks_ptr, block * n * d + tile, live)
-        deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
+        deltas, ws, us = (), (), ()
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
@@ -239,13 +233,13 @@ def launch(kernel, rows: int, width: int, *args, **sizes) -> None:
         kernel[(rows * triton.cdiv(width, CHANNELS),)](*args, **sizes, num_warps=1)
 
 
-def cut_time(x: Tensor) -> tuple[int, int]:
-    """Steps in a chunk of the forward, and in one of the backward, a kept state apart: multiples of STEPS."""
+def cut_time(x: Tensor) -> tuple[int, int, int]:
+    """How many chunks the forward has, the steps in one, and in one of the backward: multiples of STEPS."""
     sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
     chunk = triton.cdiv(x.shape[1], chunk_count(*x.shape, sm_count))
     parts = triton.cdiv(chunk, KEEP)
     keep = triton.cdiv(chunk, parts * STEPS) * STEPS
-    return parts * keep, keep
+    return triton.cdiv(x.shape[1], parts * keep), parts * keep, keep
 
 
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
@@ -254,8 +248,7 @@ def scan(h0, *inputs):
     """y, the last h, and the states from which the backward starts. h0 and h are (b, n, d)."""
     inputs = [t if t is None else t.contiguous() for t in inputs]
     y, h, kept = empty_outputs(h0, *inputs)
-    (b, l, d), n, (chunk, keep) = y.shape, h.shape[1], cut_time(y)
-    chunks = triton.cdiv(l, chunk)
+    (b, l, d), n, (chunks, chunk, keep) = y.shape, h.shape[1], cut_time(y)
     sizes = dict(l=l, since=0, chunk=chunk, chunks=chunks, keep=keep, d=d, n=n, STEPS=STEPS)
     enter, end = h.copy_(h0), h.new_empty(b, chunks, n, d)
     if chunks > 1:
@@ -268,9 +261,9 @@ def scan(h0, *inputs):
 
 @scan.register_fake
 def empty_outputs(h0, x, *_):
-    chunk, keep = cut_time(x)
-    kept = triton.cdiv(x.shape[1], chunk) * (chunk // keep)
-    return x.new_empty(x.shape), h0.new_empty(h0.shape), h0.new_empty(len(x), kept, *h0.shape[1:])
+    chunks, chunk, keep = cut_time(x)
+    kept = h0.new_empty(len(x), chunks * chunk // keep, *h0.shape[1:])
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), kept
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
@@ -279,11 +272,12 @@ def scan_backward(dy, dh, kept, *inputs):
     """The gradients of h0 and of the first eight inputs, or seven without z."""
     dy, *inputs = (t if t is None else t.contiguous() for t in (dy, *inputs))
     dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads = empty_grads(dy, dh, kept, *inputs)
-    (b, l, d), n, (_, chunk), new, sums = dy.shape, dh.shape[1], cut_time(dy), kept.new_empty, 0
+    (b, l, d), n, (*_, chunk) = dy.shape, dh.shape[1], cut_time(dy)
     total, tiles = triton.cdiv(l, chunk), triton.cdiv(d, CHANNELS)
     bytes_a_chunk = 4 * b * chunk * n * (d // STEPS + 2 * tiles)           # a state a block; sums for dB, dC
     group = max(1, SCRATCH // max(1, bytes_a_chunk))
     dh0.copy_(dh)
+    new, sums = kept.new_empty, 0
     for k in reversed(range(0, total, group)):
         since, chunks = k * chunk, min(group, total - k)
         sizes = dict(l=l, since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
@@ -333,7 +327,9 @@ def step(h, *inputs):
 step.register_fake(lambda h, x, *_: x.new_empty(x.shape))
 
 
-def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                   z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
+                   reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, and the last state h (b, d, n) in fp32."""
     if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):
         raise ValueError(f'the Triton scan needs CUDA tensors and x is on {x.device}: use backend="auto", or '
@@ -344,7 +340,7 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=
     if x.shape[1] == 1 and not torch.is_grad_enabled():                    # decoding
         h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return step(h, x, dt, A, B, C, D, dt_bias, z, reset), h
-    B, C = (F.pad(v.float(), (0, 0, 0, -x.shape[1] % STEPS)) for v in (B, C))    # whole blocks
+    B, C = (torch.nn.functional.pad(v.float(), (0, 0, 0, -x.shape[1] % STEPS)) for v in (B, C))
     y, h, _ = scan(h0.float().mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)
     return y, h.mT.contiguous()
 

@@ -265,13 +265,14 @@ def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
 
 
 def test_memory_that_was_never_written_is_never_read(monkeypatch):
-    real = torch.empty
+    def poisoned(real):
+        def empty(*args, **kwargs):
+            t = real(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+        return empty
 
-    def poisoned(*args, **kwargs):
-        t = real(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     with in_chunks(2):
         check(problem(2, 7, 33, 3), some_resets(2, 7))
 
@@ -415,9 +416,9 @@ def test_chunks_are_counted_from_the_sizes():
 
 def test_states_are_kept_at_least_every_256_steps():
     for b, l, d in ((1, 8192, 8192), (8, 8192, 8192), (64, 300, 8192), (4, 4097, 1536), (1, 1, 1)):
-        chunk, keep = scan_triton.cut_time(torch.empty(b, l, d, device="meta"))
+        chunks, chunk, keep = scan_triton.cut_time(torch.empty(b, l, d, device="meta"))
         assert keep <= 256 and chunk % keep == 0 and keep % scan_triton.STEPS == 0
-        assert -(-l // chunk) <= scan_triton.chunk_count(b, l, d, 132)
+        assert chunks == -(-l // chunk) <= scan_triton.chunk_count(b, l, d, 132)
 
 
 def printed(code):
