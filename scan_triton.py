@@ -4,9 +4,9 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in memory. But one
-sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is cut in chunks
-and walked twice, as a chunk does no more than h_end = decay * h_start + local:
+A thread keeps a channel's n states in registers, in fp32, and walks through time: no (b, l, d, n) in memory.
+But one sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is cut in
+chunks and walked twice, as a chunk does no more than h_end = decay * h_start + local:
     pass 1   every chunk at once, from h = 0: its local and its decay         scan_kernel, without y
     pass 2   a short walk over chunks: the state that enters each             carry_kernel
     pass 3   every chunk at once, from the state that enters it: y            scan_kernel
@@ -15,8 +15,8 @@ so. The stretches between these are the chunks of the backward, which is the sam
 
 An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep and here one Triton program. Values too many
 for registers spill to memory, and a sum over threads takes shuffles between them. `python scan_triton.py`
-compiles it all for an H100, GPU or not, and estimates its time: not yet measured, it is verified in Triton's
-interpreter, on a CPU. Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel, all in fp32.
+compiles all for an H100, GPU or not, and estimates the time. It is not measured yet: the kernels are verified
+in Triton's interpreter, on a CPU. Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel.
 """
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ try:
 except ImportError:
     raise ImportError('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = tl.constexpr(32)    # a program: in scan_kernel a thread has one, and sums over n need no shuffles
+CHANNELS = tl.constexpr(32)  # of a program; in scan_kernel a thread has one, and sums over n need no shuffles
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
@@ -91,7 +91,7 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.c
     end = tl.minimum(first + chunk, l)
     # States lie (n, d), so that neighbouring threads read neighbours. A single token, STEPS = 1, updates the
     # model's own state in place, and that lies (d, n).
-    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n     # (N, CHANNELS)
+    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n  # (n padded, CHANNELS)
     return k, k // chunks, first, end, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
 
 
@@ -101,7 +101,7 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.c
 #
 # Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
 # skip the lines about dy, dh and decay at first. If Triton knew states to lie at multiples of 16, it would
-# load four channels a thread and spread the states of each over four threads. So it gives a thread a channel.
+# load four channels a thread and spread the states of each over four threads. Not told, it loads one.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
@@ -341,7 +341,7 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return step(h, x, dt, A, B, C, D, dt_bias, z, reset), h
     B, C = (torch.nn.functional.pad(v.float(), (0, 0, 0, -x.shape[1] % STEPS)) for v in (B, C))
-    y, h, _ = scan(h0.float().mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)
+    y, h, _ = scan(h0.float().mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)     # in there states lie (n, d)
     return y, h.mT.contiguous()
 
 
