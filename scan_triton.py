@@ -1,32 +1,24 @@
-"""The selective scan for a GPU: the recurrence of scan.py, which says it as a loop, as three Triton kernels.
+"""The selective scan for a GPU: the recurrence of scan.py as three Triton kernels.
 
     delta_t = softplus(dt_t + dt_bias)
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     (Mamba Eq. 2a; h_{t-1} is 0 where reset_t is set)
-    y_t = (C_t . h_t + D x_t) * SiLU(z_t)              (Mamba Eq. 2b, with skip and gate)
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     h_{t-1} is 0 where reset_t is set
+    y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep, whose values lie in registers: values too
-many for these spill to memory, and a sum over threads takes shuffles between them. A Triton program is here
-one warp.
-
-The one idea. A thread keeps a channel's n states in registers and walks through time: no (b, l, d, n) in
-memory. But a sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is
-cut into chunks and walked twice, as a chunk does no more than h_end = decay * h_start + local:
+A thread keeps a channel's n states in registers, in fp32, and walks through time: no (b, l, d, n) in memory.
+But one sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is cut in
+chunks and walked twice, as a chunk does no more than h_end = decay * h_start + local:
     pass 1   every chunk at once, from h = 0: its local and its decay         scan_kernel, without y
     pass 2   a short walk over chunks: the state that enters each             carry_kernel
     pass 3   every chunk at once, from the state that enters it: y            scan_kernel
-When the batch alone fills the GPU there is one chunk, and passes 1 and 2 fall away: see chunk_count. Pass 3
-keeps a state every 256 steps or so. The stretches between these are the backward's chunks, in which it runs
-the same three passes from the end.
+When the batch alone fills the GPU there is one chunk, and pass 3 is all. It keeps a state every 256 steps or
+so. The stretches between these are the chunks of the backward, which is the same three passes from the end.
 
-`python scan_triton.py` compiles it for an H100, GPU or not, and prints what it costs, estimated from counted
-instructions: verified in Triton's interpreter (TRITON_INTERPRET=1 runs it on the CPU) and compiled for H100,
-A100 and MI300, these kernels are not yet timed on one. Next: mamba.py. Sizes: b batch, l length, d channels,
-n states a channel, N: n padded to a power of two. States and sums are in fp32.
+An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep and here one Triton program. Values too many
+for registers spill to memory, and a sum over threads takes shuffles between them. `python scan_triton.py`
+compiles all for an H100, GPU or not, and estimates the time. It is not measured yet: the kernels are verified
+in Triton's interpreter, on a CPU. Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel.
 """
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -35,7 +27,7 @@ try:
 except ImportError:
     raise ImportError('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = 32        # channels a program: in scan_kernel a thread has one, and sums over n need no shuffles
+CHANNELS = tl.constexpr(32)  # of a program; in scan_kernel a thread has one, and sums over n need no shuffles
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
@@ -46,13 +38,11 @@ LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
 
 
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
-    """How many chunks to cut time into: one if channels alone fill the GPU, else enough for 64 warps an SM.
-
-    12 warps keep an SM busy while some of them wait for memory. About 20 fit at a time: 64 are three rounds,
-    so a last, partial one is cheap. A chunk has at least 128 steps: its kept state, 4n bytes a channel, is
-    then a quarter of its x in bf16."""
-    warps = max(1, b * -(-d // CHANNELS))
-    return 1 if warps >= 12 * sm_count else max(1, min(-(-64 * sm_count // warps), l // 128))
+    """How many chunks to cut time into: one if channels alone keep the GPU busy, which takes 12 warps an SM.
+    Else enough for 64, three rounds of the 20 or so that fit, so that a last, partial round is cheap. In 128
+    steps or more, a chunk's kept state is at most a quarter of its x in bf16."""
+    warps = max(1, b * triton.cdiv(d, CHANNELS))
+    return 1 if warps >= 12 * sm_count else max(1, min(triton.cdiv(64 * sm_count, warps), l // 128))
 
 
 @triton.jit
@@ -78,8 +68,7 @@ def load(ptr, at, mask, other: tl.constexpr = 0.0):
 
 @triton.jit
 def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before the first is used. After the end dt is -inf, so delta is 0, a step
-    # that changes nothing.
+    # A block's rows, all requested before one is used. After the end dt is -inf, so delta is 0: no change.
     xs, dts, zs, gs, resets = (), (), (), (), ()
     for s in tl.static_range(STEPS):
         at, live = (row + s) * d + c, s < tl.where(c < d, left, 0)
@@ -92,20 +81,17 @@ def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.cons
 
 
 @triton.jit
-def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
-          STEPS: tl.constexpr):
-    # Each sequence has `chunks` chunks of `chunk` steps, from step `since` on. A program takes CHANNELS
-    # channels, c, through one chunk, the k-th of all sequences': steps first to end - 1 of sequence
-    # k // chunks. Its id is k * tiles + its tile of channels. k is int64, and so is every offset made from
-    # it, as b * l * d passes 2^31.
-    tiles: tl.constexpr = (d + CHANNELS - 1) // CHANNELS
-    k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, N)
+def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    # A program takes CHANNELS channels, c, through one chunk, the k-th of all: each sequence has `chunks`, of
+    # `chunk` steps, from step `since` on. Offsets are made from k, in int64, as b * l * d passes 2^31.
+    tiles: tl.constexpr = triton.cdiv(d, CHANNELS)
+    k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, triton.next_power_of_2(n))
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     first = since + (k % chunks).to(tl.int32) * chunk
     end = tl.minimum(first + chunk, l)
     # States lie (n, d), so that neighbouring threads read neighbours. A single token, STEPS = 1, updates the
     # model's own state in place, and that lies (d, n).
-    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n     # (N, CHANNELS)
+    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n  # (n padded, CHANNELS)
     return k, k // chunks, first, end, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
 
 
@@ -114,34 +100,28 @@ def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.const
 # document starts and else 0 (None: none does). For the lengths and k see begin.
 #
 # Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
-# skip the lines about dy, dh and decay at first.
-#
-# For states at multiples of 16 Triton would load four channels a thread, and spread the states of each over
-# four threads. Kept from knowing, it gives a thread a channel.
+# skip the lines about dy, dh and decay at first. If Triton knew states to lie at multiples of 16, it would
+# load four channels a thread and spread the states of each over four threads. Not told, it loads one.
 @triton.jit(do_not_specialize=LENGTHS,
             do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
-def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr,
+def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                 dy_ptr,                # the backward, which begins with this walk too; else None
                 enter_ptr,             # (b, chunks, n, d): what enters each chunk; None: zero
                 y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
                 kept_ptr,              # (b, chunks * chunk / keep, n, d) out: h every `keep` steps; or None
                 end_ptr,               # (b, chunks, n, d) out: what leaves each chunk; backward: local dh
                 decay_ptr,             # (b, chunks, n, d) out: each chunk's decay; or None
-                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
-                CHANNELS: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, STEPS)
     A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
-    h, dh = tl.zeros((N, CHANNELS), tl.float32), tl.zeros((N, CHANNELS), tl.float32)
-    decay, time = tl.full((N, CHANNELS), 1.0, tl.float32), tl.zeros((CHANNELS,), tl.float32)
-    if enter_ptr is not None:
-        h = load(enter_ptr, k * n * d + tile, live)
+    h = tl.zeros_like(A) if enter_ptr is None else load(enter_ptr, k * n * d + tile, live)
+    dh, decay, time = tl.zeros_like(A), tl.full(A.shape, 1.0, tl.float32), tl.zeros_like(bias)
     due, kept = first, k * (chunk // keep)         # the step at which to keep h next, and its place
     for t in range(first, end, STEPS):
         row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
         if kept_ptr is not None and t == due:
             tl.store(kept_ptr + kept * n * d + tile, h, live)
-            due += keep
-            kept += 1
+            due, kept = due + keep, kept + 1
         xs, dts, zs, gs, resets = load_block(
             x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         ys = ()
@@ -172,8 +152,8 @@ def scan_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, rese
 def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwritten with what leaves
                  decay_ptr,            # (b, chunks, size), size = n * d
                  local_ptr,            # (b, chunks, size): overwritten with what enters each chunk
-                 chunks, size: tl.constexpr, FROM_END: tl.constexpr, CHANNELS: tl.constexpr):
-    tiles: tl.constexpr = (size + CHANNELS - 1) // CHANNELS
+                 chunks, size: tl.constexpr, FROM_END: tl.constexpr):
+    tiles: tl.constexpr = triton.cdiv(size, CHANNELS)
     seq = (tl.program_id(0) // tiles).to(tl.int64)
     i = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     h = load(carry_ptr, seq * size + i, i < size)
@@ -185,36 +165,26 @@ def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwr
     tl.store(carry_ptr + seq * size + i, h, i < size)
 
 
-# Backward. Write dh_t for dL/dh_t, g_t = dy_t SiLU(z_t) for the gradient at the ungated y, a_t for
-# exp(delta_t A), w_t for delta_t x_t. The adjoint of the recurrence is the same recurrence, run from the end:
+# Backward: the equations above chunk_steps in scan.py, in their names, with u_t = exp(delta_t A) h_{t-1} and
+# du = d(delta_t A) = dh_t u_t. h cannot be run back: that would divide by decays. So scan_kernel walks each
+# chunk once more, leaves h every STEPS steps in scratch, and sums what the chunk adds to dh: C_t g_t times
+# the decay up to t (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass
+# 2), and adjoint_kernel walks back, with the states of a block in registers (pass 3).
 #
-#     dh_t = C_t g_t + a_{t+1} dh_{t+1}, and after the last step the gradient of the returned h comes in
-#     dC_t = sum over d of g_t h_t                        dB_t = sum over d of w_t dh_t
-#     dx_t = delta_t (sum over n of B_t dh_t) + D g_t     dA = sum over t of delta_t a_t h_{t-1} dh_t
-#     ddelta_t = sum over n of (A a_t h_{t-1} + B_t x_t) dh_t,      ddt_t = ddelta_t sigmoid(dt_t + dt_bias)
-#
-# h runs forward, dh runs back, and h cannot be run back: that would divide by decays. So scan_kernel walks
-# each chunk once more and leaves h every STEPS steps in scratch. What a chunk adds to dh, the sum over its t
-# of (a_1 ... a_t) C_t g_t, takes no more than decays, so the same walk sums it (pass 1). carry_kernel turns
-# that into the dh that enters each chunk from its end (pass 2), and adjoint_kernel walks back, with the
-# states of a block in registers (pass 3).
-#
-# dB and dC are sums over channels. With a thread a channel they would take 160 shuffles a step: 2 x 16 sums
-# in log2(32) moves. Here the compiler does know the pointers to be aligned and gives a thread 4 states of 4
-# channels: 40 shuffles.
+# dB and dC sum over channels: with a thread a channel, 2 x 16 sums a step in log2(32) shuffles each. Here the
+# compiler knows the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles, not 160.
 @triton.jit(do_not_specialize=LENGTHS)
-def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, reset_ptr, dy_ptr,
+def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr, dy_ptr,
                    blocks_ptr,         # (b, chunks * chunk / STEPS, n, d): what enters each block
                    dh_ptr,             # (b, chunks, n, d): what enters each chunk from its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
                    dBC_ptr,            # (b, chunks, tiles, chunk, 2, n) out: dB and dC, of these channels
                    sums_ptr,           # (b, chunks, n + 2, d) out: dA, dD and dbias, of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
-                   CHANNELS: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, N, CHANNELS, STEPS)
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, STEPS)
     A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
-    dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros((N, CHANNELS), tl.float32)
-    dD, dbias = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros_like(A)
+    dD, dbias = tl.zeros_like(D), tl.zeros_like(bias)
     for back in range(0, end - first, STEPS):
         t = first + (end - first - 1) // STEPS * STEPS - back
         row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
@@ -222,7 +192,7 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
         xs, dts, zs, gs, resets = load_block(
             x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         h = load(blocks_ptr, block * n * d + tile, live)
-        deltas, ws, us = (), (), ()                                        # u_t = a_t h_{t-1}
+        deltas, ws, us = (), (), ()
         for s in tl.static_range(STEPS):
             deltas += (softplus(dts[s] + bias),)
             ws += (deltas[s] * xs[s],)
@@ -239,11 +209,11 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
             tl.store(dBC + n, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1), i < n)
             du = dh * us[s]
             dA += du * delta[None, :]
-            sum_B = tl.sum(dh * B[:, None], 0)
-            ddt = (tl.sum(du * A, 0) / LOG2E + sum_B * xs[s]) * tl.sigmoid(dts[s] + bias)
+            dw = tl.sum(dh * B[:, None], 0)
+            ddt = (tl.sum(du * A, 0) / LOG2E + dw * xs[s]) * tl.sigmoid(dts[s] + bias)
             dD += g * xs[s]
             dbias += ddt
-            tl.store(dx_ptr + (row + s) * d + c, delta * sum_B + D * g, s < left)
+            tl.store(dx_ptr + (row + s) * d + c, delta * dw + D * g, s < left)
             tl.store(ddt_ptr + (row + s) * d + c, ddt, s < left)
             dh *= tl.exp2((delta + resets[s])[None, :] * A)
     sums = sums_ptr + k * (n + 2) * d
@@ -252,140 +222,127 @@ def adjoint_kernel(x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, r
     tl.store(sums + (n + 1) * d + c, dbias, c < d)
 
 
-# What PyTorch sees: operators that are opaque to torch.compile, with rules for shapes and for the gradient.
+# What PyTorch sees: three operators, opaque to torch.compile, with rules for shapes and for the gradient.
+# These are the last arguments of each, and the first ones of both big kernels.
+INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, Tensor? reset"
 
-Maybe = Tensor | None
 
-
-def launch(kernel, programs: int, *args, **sizes) -> None:
+def launch(kernel, rows: int, width: int, *args, **sizes) -> None:
     # On x's GPU, as Triton takes the current one. All in a grid's first axis: the others end at 65535.
     with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](*args, **sizes, CHANNELS=CHANNELS, num_warps=1)
+        kernel[(rows * triton.cdiv(width, CHANNELS),)](*args, **sizes, num_warps=1)
 
 
-def turned(t: Tensor) -> Tensor:
-    """(..., d, n) -> a copy (..., n, d) in fp32."""
-    return t.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
-def whole(t: Tensor) -> Tensor:
-    """(b, l, n) -> fp32, with zeros after l up to a whole number of blocks."""
-    return F.pad(t.float(), (0, 0, 0, -t.shape[1] % STEPS))
-
-
-def prepare(x, dt, z, A, B, C, D, dt_bias, reset) -> tuple[list, dict]:
-    """The first nine arguments of both big kernels, and the sizes they share."""
-    inputs = x, dt, z, A, B, C, D, dt_bias, reset if reset is None else reset * ENDLESS
-    (_, l, d), n = x.shape, B.shape[2]
-    sizes = dict(l=l, since=0, d=d, n=n, N=triton.next_power_of_2(n), STEPS=STEPS)
-    return [t if t is None else t.contiguous() for t in inputs], sizes
-
-
-def cut_time(x: Tensor) -> tuple[int, int]:
-    """Steps in a chunk of the forward, and in one of the backward, a kept state apart: multiples of STEPS."""
+def cut_time(x: Tensor) -> tuple[int, int, int]:
+    """How many chunks the forward has, the steps in one, and in one of the backward: multiples of STEPS."""
     sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
     chunk = triton.cdiv(x.shape[1], chunk_count(*x.shape, sm_count))
     parts = triton.cdiv(chunk, KEEP)
     keep = triton.cdiv(chunk, parts * STEPS) * STEPS
-    return parts * keep, keep
+    return triton.cdiv(x.shape[1], parts * keep), parts * keep, keep
 
 
-@torch.library.custom_op("falcon_mamba::scan", mutates_args=())
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, h0: Tensor,
-         z: Maybe, reset: Maybe) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h, and the states that the backward starts from. z and reset come last, as they may be missing."""
-    (b, l, d), n, (chunk, keep), enter = x.shape, A.shape[1], cut_time(x), turned(h0)
-    inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
-    chunks, new = triton.cdiv(l, chunk), partial(torch.empty, device=x.device)
-    sizes.update(chunk=chunk, chunks=chunks, keep=keep)
-    programs, states = b * chunks * triton.cdiv(d, CHANNELS), (b, chunks, n, d)
+@torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
+                         schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
+def scan(h0, *inputs):
+    """y, the last h, and the states from which the backward starts. h0 and h are (b, n, d)."""
+    inputs = [t if t is None else t.contiguous() for t in inputs]
+    y, h, kept = empty_outputs(h0, *inputs)
+    (b, l, d), n, (chunks, chunk, keep) = y.shape, h.shape[1], cut_time(y)
+    sizes = dict(l=l, since=0, chunk=chunk, chunks=chunks, keep=keep, d=d, n=n, STEPS=STEPS)
+    enter, end = h.copy_(h0), h.new_empty(b, chunks, n, d)
     if chunks > 1:
-        carry, enter, decay = enter, new(states), new(states)
-        launch(scan_kernel, programs, *inputs, None, None, None, None, enter, decay, **sizes)
-        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), carry, decay, enter, chunks, n * d, False)
-    y, kept, end = new(x.shape, dtype=x.dtype), new(b, chunks * chunk // keep, n, d), new(states)
-    launch(scan_kernel, programs, *inputs, None, enter, y, kept, end, None, **sizes)
-    return y, turned(end[:, -1]), kept
+        enter, decay = h.new_empty(end.shape), h.new_empty(end.shape)
+        launch(scan_kernel, b * chunks, d, *inputs, None, None, None, None, enter, decay, **sizes)
+        launch(carry_kernel, b, n * d, h, decay, enter, chunks, n * d, False)
+    launch(scan_kernel, b * chunks, d, *inputs, None, enter, y, kept, end, None, **sizes)
+    return y, h.copy_(end[:, -1]), kept
 
 
 @scan.register_fake
-def _(x, dt, A, B, C, D, dt_bias, h0, z, reset):
-    (b, l, d), n, (chunk, keep) = x.shape, A.shape[1], cut_time(x)
-    h, kept = (b, d, n), (b, triton.cdiv(l, chunk) * chunk // keep, n, d)
-    return x.new_empty(x.shape), *(x.new_empty(size, dtype=torch.float32) for size in (h, kept))
+def empty_outputs(h0, x, *_):
+    chunks, chunk, keep = cut_time(x)
+    kept = h0.new_empty(len(x), chunks * chunk // keep, *h0.shape[1:])
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), kept
 
 
-@torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=())
-def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-                  h0: Tensor, z: Maybe, reset: Maybe, kept: Tensor, dy: Tensor, dh: Tensor) -> list[Tensor]:
-    """The gradients of the first nine, or eight without z."""
-    grads = empty_grads(x, dt, A, B, C, D, dt_bias, h0, z)
-    dx, ddt, dA, dB, dC, dD, dbias, dh0, *dz = grads
-    inputs, sizes = prepare(x, dt, z, turned(A), whole(B), whole(C), D, dt_bias, reset)
-    (b, l, d), n, (_, chunk), tiles = x.shape, A.shape[1], cut_time(x), triton.cdiv(x.shape[2], CHANNELS)
-    new, dy, dh, sums = partial(torch.empty, device=x.device), dy.contiguous(), turned(dh), 0
-    bytes_a_chunk = 4 * b * chunk * tiles * n * (CHANNELS // STEPS + 2)    # a state a block; sums for dB, dC
-    total, group = triton.cdiv(l, chunk), max(1, SCRATCH // max(1, bytes_a_chunk))
+@torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
+                         schema=f"(Tensor dy, Tensor dh, Tensor kept, {INPUTS}) -> Tensor[]")
+def scan_backward(dy, dh, kept, *inputs):
+    """The gradients of h0 and of the first eight inputs, or seven without z."""
+    dy, *inputs = (t if t is None else t.contiguous() for t in (dy, *inputs))
+    dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads = empty_grads(dy, dh, kept, *inputs)
+    (b, l, d), n, (*_, chunk) = dy.shape, dh.shape[1], cut_time(dy)
+    total, tiles = triton.cdiv(l, chunk), triton.cdiv(d, CHANNELS)
+    bytes_a_chunk = 4 * b * chunk * n * (d // STEPS + 2 * tiles)           # a state a block; sums for dB, dC
+    group = max(1, SCRATCH // max(1, bytes_a_chunk))
+    dh0.copy_(dh)
+    new, sums = kept.new_empty, 0
     for k in reversed(range(0, total, group)):
         since, chunks = k * chunk, min(group, total - k)
-        sizes.update(since=since, chunk=chunk, chunks=chunks)
+        sizes = dict(l=l, since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
         enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, n, d)
         blocks, local, decay = new(b, chunks * chunk // STEPS, n, d), new(enter.shape), new(enter.shape)
         dBC, part = new(b, chunks, tiles, chunk, 2, n), new(b, chunks, n + 2, d)
-        launch(scan_kernel, b * chunks * tiles, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
+        launch(scan_kernel, b * chunks, d, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
                keep=STEPS, **sizes)
-        launch(carry_kernel, b * triton.cdiv(n * d, CHANNELS), dh, decay, local, chunks, n * d, True)
-        launch(adjoint_kernel, b * chunks * tiles, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
+        launch(carry_kernel, b, n * d, dh0, decay, local, chunks, n * d, True)
+        launch(adjoint_kernel, b * chunks, d, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
         now = slice(since, since + chunks * chunk)
-        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :l - since].unbind(2)
+        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :dB.shape[1] - since].unbind(2)
         sums = sums + part.sum((0, 1))                                     # (n + 2, d)
         del enter, blocks, local, decay, dBC, part                         # free again for the next group
-    for grad, value in ((dA, sums[:n].mT), (dD, sums[n]), (dbias, sums[n + 1]), (dh0, dh.mT)):
+    for grad, value in ((dA, sums[:n]), (dD, sums[n]), (dbias, sums[n + 1])):
         grad.copy_(value)
     return grads
 
 
 @scan_backward.register_fake
-def empty_grads(*inputs):
-    return [t.new_empty(t.shape) for t in inputs[:9] if t is not None]
+def empty_grads(dy, dh, kept, *inputs):
+    return [t.new_empty(t.shape) for t in (dh, *inputs[:-1]) if t is not None]
 
 
 def backward(ctx, dy, dh, _):
-    grads = scan_backward(*ctx.saved_tensors, dy, dh)
+    grads = scan_backward(dy, dh, *ctx.saved_tensors)
     return *grads, *[None] * (10 - len(grads))
 
 
 scan.register_autograd(backward, setup_context=lambda ctx, inputs, output:
-                       ctx.save_for_backward(*inputs, output[2]))
+                       ctx.save_for_backward(output[2], *inputs[1:]))
 
 
-@torch.library.custom_op("falcon_mamba::step", mutates_args=("h",))
-def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, h: Tensor,
-         z: Maybe, reset: Maybe) -> Tensor:
-    """One token: returns y (b, 1, d) and overwrites the state h (b, d, n)."""
+@torch.library.custom_op("falcon_mamba::step", mutates_args=("h",),
+                         schema=f"(Tensor(a!) h, {INPUTS}) -> Tensor")
+def step(h, *inputs):
+    """One token: returns y (b, 1, d) and overwrites the state h. Here h is (b, d, n) and A (d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
-    y, (inputs, sizes) = x.new_empty(x.shape), prepare(x, dt, z, A, B, C, D, dt_bias, reset)
-    sizes.update(chunk=1, chunks=1, keep=1, STEPS=1)
-    launch(scan_kernel, len(x) * triton.cdiv(len(A), CHANNELS), *inputs, None, h, y, None, h, None, **sizes)
+    x, *rest = (t if t is None else t.contiguous() for t in inputs)
+    (b, d, n), y = h.shape, x.new_empty(x.shape)
+    launch(scan_kernel, b, d, x, *rest, None, h, y, None, h, None,
+           l=1, since=0, chunk=1, chunks=1, keep=1, d=d, n=n, STEPS=1)
     return y
 
 
-step.register_fake(lambda x, *_: x.new_empty(x.shape))
+step.register_fake(lambda h, x, *_: x.new_empty(x.shape))
 
 
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = None, z: Maybe = None,
-                   dt_bias: Maybe = None, h0: Maybe = None, reset: Maybe = None) -> tuple[Tensor, Tensor]:
-    """y (b, l, d) in x's dtype, and h (b, d, n) in fp32, the last state: the equation on top."""
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                   z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
+                   reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, and the last state h (b, d, n) in fp32."""
     if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):
         raise ValueError(f'the Triton scan needs CUDA tensors and x is on {x.device}: use backend="auto", or '
                          "set TRITON_INTERPRET=1 before Python starts, which runs it on the CPU, slowly")
     D, dt_bias = (A.new_zeros(len(A)) if v is None else v for v in (D, dt_bias))
-    h0 = A.new_zeros(len(x), *A.shape, dtype=torch.float32) if h0 is None else h0
+    h0 = A.new_zeros(len(x), *A.shape) if h0 is None else h0
+    reset = None if reset is None else reset * ENDLESS
     if x.shape[1] == 1 and not torch.is_grad_enabled():                    # decoding
         h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return step(x, dt, A, B, C, D, dt_bias, h, z, reset), h
-    return scan(x, dt, A, B, C, D, dt_bias, h0, z, reset)[:2]
+        return step(h, x, dt, A, B, C, D, dt_bias, z, reset), h
+    B, C = (torch.nn.functional.pad(v.float(), (0, 0, 0, -x.shape[1] % STEPS)) for v in (B, C))
+    y, h, _ = scan(h0.float().mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)     # in there states lie (n, d)
+    return y, h.mT.contiguous()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as some
+from torch.nn import functional as F
 from torch.nn.functional import silu, softplus
 
 GPU = torch.cuda.is_available()
@@ -27,7 +28,7 @@ from scan_triton import selective_scan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}    # in 16 bits: the last bit
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: graphs and timing have no interpreter")
-NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "h0", "z")      # as the operators take them
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "z")            # as the operators take them, before reset
 
 
 def loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
@@ -264,13 +265,14 @@ def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
 
 
 def test_memory_that_was_never_written_is_never_read(monkeypatch):
-    real = torch.empty
+    def poisoned(real):
+        def empty(*args, **kwargs):
+            t = real(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+        return empty
 
-    def poisoned(*args, **kwargs):
-        t = real(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     with in_chunks(2):
         check(problem(2, 7, 33, 3), some_resets(2, 7))
 
@@ -292,11 +294,13 @@ def test_one_token_is_a_scan_of_one_step(dtype):
     reset = torch.tensor([[True], [False]], device=DEVICE)
     for r in (None, reset):
         y, h = selective_scan(**p, reset=r)                        # takes the step
-        y_scan, h_scan, _ = scan_triton.scan(*(p[k] for k in NAMES), r)
+        with torch.enable_grad():                                  # takes the scan
+            y_scan, h_scan = selective_scan(**p, reset=r)
         assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
         assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()
         in_place = p["h0"].clone()
-        y_in_place = scan_triton.step(*(p[k] for k in NAMES[:7]), in_place, p["z"], r)
+        forget = None if r is None else r * scan_triton.ENDLESS
+        y_in_place = scan_triton.step(in_place, *(p[k] for k in NAMES), forget)
         assert torch.equal(in_place, h) and torch.equal(y_in_place, y)
     y, h = selective_scan(*(p[k] for k in NAMES[:5]))              # from no state, without options
     y_loop, h_loop = loop(*(p[k].double() for k in NAMES[:5]))
@@ -311,7 +315,7 @@ def test_one_token_leaves_the_state_it_was_given():
     selective_scan(**p)
     assert torch.equal(p["h0"], before)
     with pytest.raises(ValueError, match="fp32 and contiguous"):
-        scan_triton.step(*(p[k] for k in NAMES[:7]), p["h0"].half(), p["z"], None)
+        scan_triton.step(p["h0"].half(), *(p[k] for k in NAMES), None)
 
 
 def test_one_token_with_gradients_takes_the_scan():
@@ -332,15 +336,17 @@ def test_no_gradient_flows_through_what_was_not_used():
 
 def test_the_operators_are_good_citizens():
     p = problem(1, 9, 3, 2)
-    reset = some_resets(1, 9)
-    inputs = [p[k] for k in NAMES]
+    forget = some_resets(1, 9) * scan_triton.ENDLESS
+    inputs = [p[k] for k in NAMES] + [forget]
+    blocks = [F.pad(t, (0, 0, 0, -9 % scan_triton.STEPS)) for t in (p["B"], p["C"])]
+    whole = [p["h0"].mT, *inputs[:2], p["A"].mT, *blocks, *inputs[5:]]
     with in_chunks(1):                # one chunk, two kept states
-        torch.library.opcheck(scan_triton.scan, (*inputs, reset))
-        plain = [t.detach() for t in inputs]
-        y, h, kept = scan_triton.scan(*plain, reset)
-        torch.library.opcheck(scan_triton.scan_backward, (*plain, reset, kept, y, h))
-    token = [t[:, :1] if t.dim() == 3 and k != "h0" else t for k, t in zip(NAMES, plain)]
-    torch.library.opcheck(scan_triton.step, (*token[:7], plain[7].clone(), token[8], reset[:, :1]))
+        torch.library.opcheck(scan_triton.scan, whole)
+        plain = [t.detach() for t in whole]
+        y, h, kept = scan_triton.scan(*plain)
+        torch.library.opcheck(scan_triton.scan_backward, (y, h, kept, *plain[1:]))
+    token = [t.detach()[:, :1] if t.dim() == 3 or t is forget else t.detach() for t in inputs]
+    torch.library.opcheck(scan_triton.step, (p["h0"].detach().clone(), *token))
 
 
 def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
@@ -410,9 +416,9 @@ def test_chunks_are_counted_from_the_sizes():
 
 def test_states_are_kept_at_least_every_256_steps():
     for b, l, d in ((1, 8192, 8192), (8, 8192, 8192), (64, 300, 8192), (4, 4097, 1536), (1, 1, 1)):
-        chunk, keep = scan_triton.cut_time(torch.empty(b, l, d, device="meta"))
+        chunks, chunk, keep = scan_triton.cut_time(torch.empty(b, l, d, device="meta"))
         assert keep <= 256 and chunk % keep == 0 and keep % scan_triton.STEPS == 0
-        assert -(-l // chunk) <= scan_triton.chunk_count(b, l, d, 132)
+        assert chunks == -(-l // chunk) <= scan_triton.chunk_count(b, l, d, 132)
 
 
 def printed(code):
@@ -443,12 +449,12 @@ def test_on_the_device_real_sizes_agree_too():
 @needs_gpu
 def test_a_replayed_graph_decodes_as_eager_does():
     p = {k: v.detach() for k, v in problem(2, 1, 256, 16, dtype=torch.bfloat16).items()}
-    state, eager, inputs = p["h0"].clone(), p["h0"].clone(), [p[k] for k in NAMES[:7]]
-    scan_triton.step(*inputs, torch.empty_like(state), p["z"], None)      # compiles before the capture
+    state, eager, inputs = p["h0"].clone(), p["h0"].clone(), [p[k] for k in NAMES]
+    scan_triton.step(torch.empty_like(state), *inputs, None)              # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = scan_triton.step(*inputs, state, p["z"], None)
+        y = scan_triton.step(state, *inputs, None)
     for token in range(4):
         p["x"].copy_(torch.randn(p["x"].shape))
         graph.replay()
-        assert torch.equal(y, scan_triton.step(*inputs, eager, p["z"], None)) and torch.equal(state, eager)
+        assert torch.equal(y, scan_triton.step(eager, *inputs, None)) and torch.equal(state, eager)

@@ -42,7 +42,7 @@ def build(label: str, target: str, reset: bool = False):
     """Compile one kernel with the 7B's constants."""
     name, constants = KERNELS[label]
     kernel = getattr(st, name)
-    constants = dict(d=d, n=n, N=n, size=n * d, CHANNELS=st.CHANNELS, STEPS=st.STEPS) | constants
+    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS) | constants
     if not reset:
         constants.update(reset_ptr=None)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
@@ -90,15 +90,15 @@ def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
 
 
 def chunks() -> int:
-    chunk, keep = st.cut_time(torch.empty(b, l, d, device="meta"))
+    count, chunk, keep = st.cut_time(torch.empty(b, l, d, device="meta"))
     assert chunk == keep, "forward and backward share their chunks, as the arithmetic below takes for granted"
-    return triton.cdiv(l, chunk)
+    return count
 
 
 def traffic() -> dict:
     """Bytes each kernel must move to and from HBM. B, C and the like are small, and stay in the caches."""
     row, states = 2 * b * l * d, 4 * b * d * n            # x in bf16; all states at one time, in fp32
-    blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * d // st.CHANNELS
+    blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * triton.cdiv(d, st.CHANNELS)
     tiles = chunks() * states                             # one tensor of a state a chunk
     return {"pass 1: reduce": 2 * row + 2 * tiles, "pass 2: carry": 3 * tiles,
             "pass 3: scan": 4 * row + 3 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
@@ -149,12 +149,12 @@ def memory() -> tuple[int, int]:
     try:
         with Live() as live:
             wide = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
-            x, dt, z, dy, B, C = *(wide(b, l, d) for _ in range(4)), wide(b, l, n), wide(b, l, n)
-            A, D, bias = (torch.empty(s, device="meta") for s in ((d, n), (d,), (d,)))
-            h = torch.empty(b, d, n, device="meta")
-            enter = torch.empty(b, chunks(), n, d, device="meta")
+            full = lambda *shape: torch.empty(*shape, device="meta")
+            x, dt, z, dy = (wide(b, l, d) for _ in range(4))
+            A, B, C, D, bias = full(d, n).mT, full(b, l, n), full(b, l, n), full(d), full(d)
+            dh, enter = full(b, d, n).mT, full(b, chunks(), n, d)
             before = live.now
-            grads = st.scan_backward._init_fn(x, dt, A, B, C, D, bias, h, z, None, enter, dy, h)
+            grads = st.scan_backward._init_fn(dy, dh, enter, x, dt, A, B, C, D, bias, z, None)
             return enter.nbytes, live.peak - before - sum(g.nbytes for g in grads)
     finally:
         for name, kernel in real.items():
