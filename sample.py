@@ -97,7 +97,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     best = logits.max(-1, keepdim=True)
     if not best.values.isfinite().all():
         raise ValueError("the logits are not finite: the weights are damaged, or too large for --dtype fp16")
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:          # 0, or so small that fp32 would take it for 0
         return best.indices[:, 0]
     logits = (logits - best.values) / temperature             # the likeliest at 0: no temperature overflows
     order = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
@@ -117,13 +117,16 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 @contextmanager
 def new_file(path: Path):
     """A file to write beside `path`, which becomes `path` if the block ends well and is deleted if not."""
-    new = path.with_name(path.name + ".partial")
+    whole = Path(os.path.realpath(path))        # of a link, what it stands for
+    new = whole.with_name(whole.name + ".partial")
     try:
+        if whole.exists() and not whole.is_file():
+            raise OSError("there is something that is no file")
         with new.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, path)
+        os.replace(new, whole)
     except OSError as e:        # which does not say where, if the disk is full
         raise OSError(f"cannot write {path}: {e}") from e
     finally:
@@ -326,6 +329,7 @@ def device(text: str) -> torch.device:
 @contextmanager
 def plainly(program: str, remedy: str):
     """A decorator: what a user can help ends the program in one sentence, other faults in a traceback."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")            # None if it was closed
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):                      # Windows has another encoding for pipes
             stream.reconfigure(encoding="utf-8")
@@ -369,8 +373,10 @@ def main() -> None:
     if args.load_state and prompts > 1 or args.save_state and prompts * args.num_samples > 1:
         parser.error(f"a state file holds one text, but there are {prompts} prompts and --num-samples is "
                      f"{args.num_samples}")
-    if (path := args.save_state) and (path.is_dir() or not os.access(f"{path.parent}/", os.W_OK)):
-        parser.error(f"--save-state {args.save_state} is a folder, or in none that can be written to")
+    if args.save_state:
+        path = Path(os.path.realpath(args.save_state))
+        if path.exists() and not path.is_file() or not os.access(f"{path.parent}/", os.W_OK):
+            parser.error(f"--save-state {args.save_state} is no file, or in no folder that can be written to")
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if args.compile and args.device.type == "cpu" and os.name == "posix" and not shutil.which(compiler):
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")

@@ -653,6 +653,30 @@ def test_a_state_that_cannot_be_kept_is_refused_before_anything_is_written(folde
         refused(sample, "--model", folder, "--prompt", "a", "--max-new-tokens", 2, "--save-state", path,
                 words=[path])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    os.mkfifo(tmp_path / "pipe")        # as little a file as /dev/null, which a root's run must not replace
+    refused(sample, "--model", folder, "--prompt", "a", "--save-state", tmp_path / "pipe", words=["pipe"])
+    with pytest.raises(OSError, match="no file"), sample.new_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_one_when_a_file_is_written_through_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    for text in (b"new", b"newer"):
+        with sample.new_file(tmp_path / "link") as file:
+            file.write(text)
+        assert (tmp_path / "there" / "file").read_bytes() == text and (tmp_path / "link").is_symlink()
+    assert len([*(tmp_path / "there").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("module, flags", [(sample, ["--prompt", "a", "--max-new-tokens", 2]), (train, [])])
+def test_closed_standard_error_changes_neither_text_nor_training(folder, call, text, tmp_path, monkeypatch,
+                                                               module, flags):
+    flags = ["--model", folder, *flags] if flags else ["--data", text, "--out", tmp_path / "made", *QUICK]
+    monkeypatch.setattr(sys, "stderr", None)
+    status, out, _ = call(module, *flags)
+    assert status == 0 and "GB of weights" not in out
 
 
 def test_a_full_disk_leaves_the_old_state_whole(folder, call, state):
