@@ -207,7 +207,7 @@ def test_documents_do_not_see_each_other():
     def cost(first, closed):
         own = [90, 91, 92, 93]
         rows = [np.concatenate([first, [end] if closed else [99], own, [last]]) for last in (94, 95)]
-        a, b = (t.loss(row[None]).item() for row in rows)
+        a, b = (t.objective(torch.from_numpy(row[None])).item() for row in rows)
         return a - b        # all but the last target cancels
     assert cost(before, True) == pytest.approx(cost(others, True), abs=2e-4)
     assert abs(cost(before, False) - cost(others, False)) > 1e-3
@@ -270,11 +270,16 @@ def test_weight_decay_touches_matrices_only(tied):
 def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits():
     torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=50, d_model=32, n_layer=1, d_state=4))
-    tokens, targets = torch.randint(50, (3, 700)), torch.randint(50, (3, 700))
-    starts = torch.rand(3, 700) < 0.1
-    loss = Objective(model)(tokens, targets, starts)
+    rows = torch.randint(50, (3, 701))
+    rows[:, 600:][rows[:, 600:] == 7] = -100            # a document ends with 7, and some tokens do not count
+    loss = Objective(model, 7)(rows)
+    tokens, targets = rows[:, :-1].clone(), rows[:, 1:]
+    starts = torch.ones(3, 700, dtype=torch.bool)
+    starts[:, 1:] = tokens[:, :-1] == 7
+    tokens[tokens == -100] = 0
     logits, _ = model(tokens, reset=starts)
-    whole = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    counted = targets != -100
+    whole = -logits.log_softmax(-1)[counted].gather(1, targets[counted][:, None]).sum()
     torch.testing.assert_close(loss, whole)
     grads = [torch.autograd.grad(v, model.lm_head.weight)[0] for v in (loss, whole)]
     torch.testing.assert_close(*grads)
@@ -289,11 +294,11 @@ import mamba, train
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 torch.manual_seed(0)
 model = mamba.Mamba(mamba.MambaConfig(vocab_size=50, d_model=64, n_layer=2, d_state=8, initializer_range=0.1))
-args = torch.randint(50, (2, 64)), torch.randint(50, (2, 64)), torch.rand(2, 64) < 0.1
-exact = train.Objective(model)(*args).item()
+rows = torch.randint(50, (2, 65))
+exact = train.Objective(model, 49)(rows).item()
 for block in model.backbone.layers:
     block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-objective = train.Objective(model)
+objective = train.Objective(model, 49)
 train.shard(objective, "cpu", 1, torch.bfloat16)
 seen, scan = {}, mamba.selective_scan
 def spy(x, dt, A, B, C, D, z, dt_bias, h0, reset):
@@ -306,7 +311,7 @@ mamba.selective_scan = spy
 arrived = []
 for last in (False, False, True):
     objective.set_requires_gradient_sync(last)
-    loss = objective(*args)
+    loss = objective(rows)
     loss.backward()
     arrived.append(sum(p.grad is not None for p in model.parameters()))
 mamba.selective_scan = scan
@@ -556,7 +561,7 @@ def test_resuming_unpickles_nothing(uninterrupted, data, tmp_path):
     (["--stages", "5", "--context", "8"], "begin with 0"),
     (["--context", "8,16"], "2 values"),
     (["--mixture", "web"], "name:share"),
-    (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "is not a tokenizer"),
+    (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "cannot read the tokenizer"),
     (["--n-layer", "5000"], "num_hidden_layers"),
     (["--data", "{data}", "--vocab-size", "100"], "has 257 tokens"),
     (["--eval-only", "--out", "nowhere"], "nowhere")])
@@ -647,7 +652,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import mamba, train
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
 with torch.device("meta"):
-    objective = train.Objective(mamba.Mamba(mamba.MambaConfig()))
+    objective = train.Objective(mamba.Mamba(mamba.MambaConfig()), 11)
 train.shard(objective, "cpu", 256, torch.bfloat16)
 tensors = [p.to_local() for p in objective.parameters()]
 print(len(tensors), sum(p.numel() for p in objective.parameters()),
@@ -671,7 +676,7 @@ def test_the_plans_memory_is_what_a_step_takes(layers, kind):
         t = trainer(checkpoint_activations=kind == "with", vocab_size=2000, d_model=256, d_state=16,
                     n_layer=layers)
         for rows in np.random.default_rng(0).integers(0, 2000, (2, 4, 257)):
-            t.loss(rows).backward()
+            t.objective(torch.from_numpy(rows)).backward()
             t.adam.step()
             t.adam.zero_grad()
     moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
