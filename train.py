@@ -60,7 +60,7 @@ from mamba import CheckpointError, Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
-GROUP = 2**20              # rows that are shuffled together: a corpus may have billions, too many for a table
+GROUP = 2**20              # rows of a source that are shuffled together: a table of all may be too long
 
 
 def flag(default, help, low=0, high=2**60):
@@ -98,10 +98,10 @@ class Recipe:
         for name, values in {"context": self.context, "mixture": self.mixture}.items():
             if len(values) not in (1, len(self.stages)):
                 raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
-        if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
-            raise ValueError(f"--total-tokens {self.total_tokens} has no room for --warmup-tokens "
-                             f"{self.warmup_tokens}, --ramp-tokens {self.ramp_tokens} and then "
-                             f"--decay-tokens {self.decay_tokens}")
+        before = max(self.warmup_tokens, self.ramp_tokens)
+        if before + self.decay_tokens > self.total_tokens:
+            raise ValueError(f"--total-tokens {self.total_tokens} has no room for {before} --warmup-tokens "
+                             f"or --ramp-tokens and then {self.decay_tokens} --decay-tokens")
         for start in self.stages:
             mixture(self, start)        # raises where one cannot be read
 
@@ -224,7 +224,7 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
     return paths, recipe
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def order(n: int, *key: int) -> np.ndarray:
     """The numbers below n in an order that the key fixes."""
     return np.random.default_rng(key).permutation(n)
@@ -272,7 +272,7 @@ class Source:
         else:       # more than the run reads, so that the held-out end has many documents
             enough = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
             tokens = np.concatenate([*tokenized(paths, tokenizer, recipe.seed, enough)] or [np.zeros(0)])
-        self.size = len(tokens)
+        self.size, self.key = len(tokens), (recipe.seed, *name.encode())
         cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
         cut += int(ends[0]) + 1 if len(ends) else 0         # from the first document that begins there
@@ -285,12 +285,16 @@ class Source:
     def rows(self, part: str, length: int) -> int:
         return (len(self.parts[part]) - 1) // length
 
-    def row(self, part: str, i: int, length: int) -> np.ndarray:
-        """(length + 1,): each token's target is the one after it."""
+    def row(self, part: str, number: int, length: int) -> np.ndarray:
+        """(length + 1,), as each token's target is the one after it. An epoch is all rows once, shuffled."""
         # Reading what has gone from a mapped file would kill the process.
         if self.bin and self.bin.stat().st_size // 2 != self.size:
             raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
-        return self.parts[part][i * length:(i + 1) * length + 1]
+        rows = self.rows(part, length)
+        epoch, k = divmod(number, rows)
+        first = k - k % GROUP
+        k = first + int(order(min(GROUP, rows - first), *self.key, epoch, first)[k - first])
+        return self.parts[part][k * length:(k + 1) * length + 1]
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
@@ -308,16 +312,6 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
     name, own = deck[card], deck == deck[card]
     former = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
     return name, int(former // length) + decks * own.sum() + own[:card].sum()
-
-
-def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). An epoch reads a source's rows once each, shuffled group by group."""
-    (name, number), length = place(recipe, tokens, i), context_length(recipe, tokens)
-    rows = sources[name].rows("training", length)
-    epoch, k = divmod(number, rows)
-    first = k - k % GROUP
-    k = first + int(order(min(GROUP, rows - first), recipe.seed, *name.encode(), epoch, first)[k - first])
-    return sources[name].row("training", k, length)
 
 
 # PyTorch has a second "checkpoint", for activations: it keeps only args, and the backward pass runs the
@@ -413,13 +407,12 @@ class Writer(dcp.HuggingFaceStorageWriter):
 
     def __init__(self, out: Path, about: dict, keep: int):
         self.out, self.about, self.keep = out, about, keep
-        self.folder = out / "checkpoints" / f"step-{about['step']:09}"
-        super().__init__(f"{self.folder}.partial", save_distributed=True)
+        super().__init__(out / "checkpoints" / f"step-{about['step']:09}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # dcp calls it on rank 0, after the last rank has written
         with sample.new_file(self.path / "run.json") as file:
             file.write(json.dumps(self.about, indent=1).encode())
-        os.replace(self.path, self.folder)
+        os.replace(self.path, self.path.with_suffix(""))
         for old in checkpoints(self.out)[:-self.keep]:
             shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
 
@@ -480,7 +473,11 @@ class Trainer:
         begin, recipe, losses = time.perf_counter(), self.recipe, []
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
         count = size * length
-        passes = self.passes(size, lambda i: training_row(recipe, self.sources, self.tokens, i))
+
+        def row(i):
+            name, number = place(recipe, self.tokens, i)
+            return self.sources[name].row("training", number, length)
+        passes = self.passes(size, row)
         for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(rows is passes[-1])
@@ -507,13 +504,13 @@ class Trainer:
         """Source -> its loss in nats per token and in bits per byte, on up to 128 held-out rows."""
         losses = {}
         for name, source in self.sources.items():
-            chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
-            for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
+            count, nats, size = min(source.rows("held out", length), 128), 0.0, 0
+            for rows in self.passes(count, lambda i: source.row("held out", i, length)):
                 nats += self.objective(rows).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats), over_ranks(size)
-            losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
+            losses[name] = nats / (count * length), nats / math.log(2) / max(size, 1)
         return losses
 
     def state(self) -> dict[str, Tensor]:
@@ -537,8 +534,8 @@ class Trainer:
                 file.flush()
                 self.model.save_pretrained(self.args.out, weights)
         # After it, so that a run whose last checkpoint is complete has written its model too.
-        about = {"step": self.step, "tokens": self.tokens} | self.settings
-        writer = Writer(self.args.out, about, self.args.keep)
+        now = {"step": self.step, "tokens": self.tokens}
+        writer = Writer(self.args.out, now | self.settings, self.args.keep)
         saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
         self.await_saved = saving.result
 
@@ -563,8 +560,7 @@ class Trainer:
 
         def on_signal(number, frame):
             signals.append(number)
-            if number == signal.SIGINT:                     # a second Ctrl-C does not wait; of SIGTERM a
-                signal.signal(number, signal.SIG_DFL)       # scheduler and torchrun may send one each
+            signal.signal(signal.SIGINT, signal.SIG_DFL)    # the next Ctrl-C does not wait for the save
         former = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
@@ -685,12 +681,13 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         model = Mamba.from_pretrained(folder)
     else:
         model = Mamba(MambaConfig(**{"vocab_size": size, "eos_token_id": end} | sizes))
-    sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
-    # A .bin does not say whose numbers it holds. They are bytes only if the model's are.
-    guessed = not (args.tokenizer or folder) and any(source.bin for source in sources.values())
+    # A .bin does not say whose numbers it holds. They are taken for bytes only where the model's are.
+    bins = [path for group in paths.values() for path in group if path.suffix == ".bin"]
+    guessed = bins and not (args.tokenizer or folder)
     if size > model.config.vocab_size or guessed and size != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {size} tokens, the model {model.config.vocab_size}; name the "
                          "tokenizer.json that belongs to the model and the data with --tokenizer")
+    sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     if done:
         trainer.resume(done[-1])
@@ -730,7 +727,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     """What the command line asks for: how to run, the recipe, and the sizes of a fresh model."""
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
-    add, number, switch = parser.add_argument, sample.number, argparse.BooleanOptionalAction
+    add, switch, count = parser.add_argument, argparse.BooleanOptionalAction, sample.number(int, 1, 2**60)
     add("--recipe", choices=RECIPES, default="tiny", help="where all that is not given comes from")
     add("--data", action="append", default=[], help="text file, folder of them, or .bin of tokens, as path, "
         "name=path or name=path:share; repeat for more (else the sources of Python's standard library)")
@@ -740,22 +737,21 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     add("--resume", action=switch, help="go on from the last checkpoint in --out, if it has one")
     add("--eval-only", action=switch, help="only print the held-out loss of --init-from, or of --out")
     add("--plan", action=switch, help="only print the run's steps, rates, days and memory")
-    add("--world-size", type=number(int, 1, 2**20), default=1, help="GPUs, for that plan (default 1)")
-    add("--mfu", type=number(float, 1e-3, 1), default=0.18,
+    add("--world-size", type=sample.number(int, 1, 2**20), default=1, help="GPUs, for that plan (default 1)")
+    add("--mfu", type=sample.number(float, 1e-3, 1), default=0.18,
         help="the part of the GPUs' peak that training reaches, for that plan (default %(default)s)")
-    add("--micro-batch", type=number(int, 1, 2**60), default=16,
-        help="sequences a GPU runs at a time (default %(default)s)")
+    add("--micro-batch", type=count, default=16, help="sequences a GPU runs at a time (default %(default)s)")
     add("--checkpoint-activations", action=switch, help="a third more time, for far less memory")
     add("--compile", action=switch, help="torch.compile the blocks")
-    add("--checkpoint-every", type=number(int, 1, 2**60), default=100, help="steps (default %(default)s)")
-    add("--eval-every", type=number(int, 1, 2**60), default=200, help="steps (default %(default)s)")
-    add("--keep", type=number(int, 1, 2**60), default=2, help="checkpoints (default %(default)s)")
+    add("--checkpoint-every", type=count, default=100, help="steps (default %(default)s)")
+    add("--eval-every", type=count, default=200, help="steps (default %(default)s)")
+    add("--keep", type=count, default=2, help="checkpoints (default %(default)s)")
     add("--device", type=sample.device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
     for cls, title in (Recipe, "the recipe"), (MambaConfig, "the sizes of a fresh model"):
         group = parser.add_argument_group(title, "with the defaults of --recipe tiny")
         for f in fields(cls):
             default = SIZES["tiny"].get(f.name, f.default)
-            kind = {"action": switch} if f.type is bool else {"type": number(f.type, 0, 2**60)}
+            kind = {"action": switch} if f.type is bool else {"type": sample.number(f.type, 0, 2**60)}
             shown = ",".join(map(str, default)) if type(default) is tuple else default
             about = f" (default {shown})" if shown not in ("", None) else ""
             group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
