@@ -10,13 +10,13 @@
     python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on your texts
 
 The recipe is that of the report, arXiv 2410.05355, section 3; what it does not give is marked as our choice.
-All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the
-number of GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss
-curve. The engine is PyTorch's own. torchrun starts a process, a rank, for each of `world` GPUs. fully_shard
-(FSDP2, after ZeRO) leaves each rank its part of the weights, gradients and Adam's averages; it gathers a
-block's whole weights just before it runs, and adds up gradients over ranks. torch.distributed.checkpoint
-(dcp) saves and loads what is so divided. A step is one update of the weights; each rank makes its rows of the
-batch in passes, forward and backward, of at most --micro-batch rows.
+All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: a run can stop
+anywhere, go on with other GPUs or another --micro-batch, and draw the same loss curve. The engine is
+PyTorch's own. torchrun starts a process, a rank, for each of `world` GPUs. fully_shard (FSDP2, after ZeRO)
+leaves each rank its part of the weights, gradients and Adam's averages; it gathers a block's whole weights
+just before it runs, and adds up gradients over ranks. torch.distributed.checkpoint (dcp) saves and loads what
+is so divided. A step is one update of the weights; each rank makes its rows of the batch in passes, forward
+and backward, of at most --micro-batch rows.
 
 Sizes in the shape comments: b batch, l length, m d_model.
 """
@@ -93,7 +93,7 @@ class Recipe:
     init_from: str = flag("", "folder or hub id of a model to start from (else fresh weights)")
 
     def __post_init__(self):
-        if self.stages[0] != 0 or list(self.stages) != sorted({*self.stages}):
+        if [*self.stages] != sorted({0, *self.stages}):
             raise ValueError(f"--stages is {self.stages}, but must begin with 0 and rise")
         for name, values in {"context": self.context, "mixture": self.mixture}.items():
             if len(values) not in (1, len(self.stages)):
@@ -212,13 +212,14 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
         if not Path(path).exists():
             raise ValueError(f"there is no {path}, which --data names")
         paths[name].append(Path(path))
-        shares[name] += float(share or 0)       # its paths may bring a part each
+        if share:
+            shares[name] += float(share)        # its paths may bring a part each
     paths = paths or {"text": standard_library()}
-    if len(paths) == 1 or all(shares.values()):
+    if len(paths) == 1 or shares.keys() == paths.keys():
         given = " ".join(f"{name}:{shares[name] or 1}" for name in paths)
         return paths, replace(recipe, mixture=(given,))
     wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
-    if any(shares.values()) or wanted != paths.keys():
+    if shares or wanted != paths.keys():
         raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
                          "name the same, or give each a share as name=path:share")
     return paths, recipe
@@ -272,7 +273,7 @@ class Source:
         else:       # more than the run reads, so that the held-out end has many documents
             enough = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
             tokens = np.concatenate([*tokenized(paths, tokenizer, recipe.seed, enough)] or [np.zeros(0)])
-        self.size, self.key = len(tokens), (recipe.seed, *name.encode())
+        self.size = len(tokens)
         cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
         ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
         cut += int(ends[0]) + 1 if len(ends) else 0         # from the first document that begins there
@@ -285,16 +286,12 @@ class Source:
     def rows(self, part: str, length: int) -> int:
         return (len(self.parts[part]) - 1) // length
 
-    def row(self, part: str, number: int, length: int) -> np.ndarray:
-        """(length + 1,), as each token's target is the one after it. An epoch is all rows once, shuffled."""
+    def row(self, part: str, i: int, length: int) -> np.ndarray:
+        """(length + 1,): each token's target is the one after it."""
         # Reading what has gone from a mapped file would kill the process.
         if self.bin and self.bin.stat().st_size // 2 != self.size:
             raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
-        rows = self.rows(part, length)
-        epoch, k = divmod(number, rows)
-        first = k - k % GROUP
-        k = first + int(order(min(GROUP, rows - first), *self.key, epoch, first)[k - first])
-        return self.parts[part][k * length:(k + 1) * length + 1]
+        return self.parts[part][i * length:(i + 1) * length + 1]
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
@@ -312,6 +309,16 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
     name, own = deck[card], deck == deck[card]
     former = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
     return name, int(former // length) + decks * own.sum() + own[:card].sum()
+
+
+def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
+    """Row i of that step, (l + 1,). An epoch reads a source's rows once each, shuffled group by group."""
+    (name, number), length = place(recipe, tokens, i), context_length(recipe, tokens)
+    rows = sources[name].rows("training", length)
+    epoch, k = divmod(number, rows)
+    first = k - k % GROUP
+    shuffled = order(min(GROUP, rows - first), recipe.seed, *name.encode(), epoch, first)
+    return sources[name].row("training", first + shuffled[k - first], length)
 
 
 # PyTorch has a second "checkpoint", for activations: it keeps only args, and the backward pass runs the
@@ -344,7 +351,7 @@ class Objective(nn.Module):
 
 
 def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> None:
-    """Leave each rank its part of every tensor, in fp32. A block is gathered when it runs and let go after.
+    """Leave each rank its part of every tensor, in fp32.
 
     The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
     and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
@@ -360,10 +367,9 @@ def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> 
 
 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear and embedding layers, and nothing else.
+    """AdamW that decays the matrices of linear and embedding layers.
 
-    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A
-    rule by the number of dimensions would decay A_log and the convolution too.
+    The others are rates and scales, whose natural size is not 0: A_log, D, the convolution, biases and norms.
     """
     matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     decayed, others = ([p for p in model.parameters() if (p in matrices) == is_in] for is_in in (True, False))
@@ -455,11 +461,8 @@ class Trainer:
             "data": {name: source.size for name, source in sources.items()}}))
 
     def passes(self, count: int, row: Callable[[int], np.ndarray]) -> tuple[Tensor, ...]:
-        """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass.
-
-        All ranks make as many passes of as many rows: rows of -100 fill the last ones up, so that any batch
-        fits any number of ranks.
-        """
+        """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass."""
+        # All ranks make as many passes of as many rows: rows of -100 fill the last ones up.
         mine = range(self.rank, self.world * math.ceil(count / self.world), self.world)
         rows = [row(i).astype(np.int64) if i < count else np.full_like(row(0), -100, np.int64) for i in mine]
         rows = torch.from_numpy(np.stack(rows))
@@ -473,11 +476,7 @@ class Trainer:
         begin, recipe, losses = time.perf_counter(), self.recipe, []
         size, length = batch_size(recipe, self.tokens), context_length(recipe, self.tokens)
         count = size * length
-
-        def row(i):
-            name, number = place(recipe, self.tokens, i)
-            return self.sources[name].row("training", number, length)
-        passes = self.passes(size, row)
+        passes = self.passes(size, lambda i: training_row(recipe, self.sources, self.tokens, i))
         for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(rows is passes[-1])
@@ -504,13 +503,13 @@ class Trainer:
         """Source -> its loss in nats per token and in bits per byte, on up to 128 held-out rows."""
         losses = {}
         for name, source in self.sources.items():
-            count, nats, size = min(source.rows("held out", length), 128), 0.0, 0
-            for rows in self.passes(count, lambda i: source.row("held out", i, length)):
+            chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
+            for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
                 nats += self.objective(rows).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats), over_ranks(size)
-            losses[name] = nats / (count * length), nats / math.log(2) / max(size, 1)
+            losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
         return losses
 
     def state(self) -> dict[str, Tensor]:
@@ -520,10 +519,7 @@ class Trainer:
         return weights | {name: value for name, value in adam.items() if "exp_avg" in name}
 
     def save(self) -> None:
-        """A checkpoint, and the model as it is published.
-
-        async_save copies to the CPU's memory before it returns; a thread writes while training goes on.
-        """
+        """A checkpoint, and the model as it is published."""
         self.await_saved()      # the checkpoint before this one is written, or this raises why not
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
@@ -536,6 +532,7 @@ class Trainer:
         # After it, so that a run whose last checkpoint is complete has written its model too.
         now = {"step": self.step, "tokens": self.tokens}
         writer = Writer(self.args.out, now | self.settings, self.args.keep)
+        # This copies to the CPU's memory before it returns; a thread writes while training goes on.
         saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
         self.await_saved = saving.result
 
@@ -768,8 +765,8 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
 
 @sample.plainly("train.py", "a smaller --micro-batch")
 def main() -> None:
-    # Harmless, so not shown: FSDP's warning of views, which are of a state that we drop; dcp's that it runs
-    # without torch.distributed; and its log of a traceback, which becomes a sentence below.
+    # Harmless: FSDP's warning of views, which are of a state that we drop; dcp's that it runs without
+    # torch.distributed, and its log of a traceback, which becomes a sentence below.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)
     gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()     # torchrun counts from 0

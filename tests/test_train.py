@@ -24,7 +24,7 @@ import train
 from kill_loop import ONE_THREAD, SMALL, command, curve, kill_loop, untouched_run
 from mamba import Mamba, MambaConfig
 from train import (RECIPES, Objective, Recipe, Source, Trainer, batch_size, byte_tokenizer, context_length,
-                   flops_per_token, learning_rate, memory, mixture, optimizer, place)
+                   flops_per_token, learning_rate, memory, mixture, optimizer, place, training_row)
 
 SEVEN, GT = RECIPES["falcon-mamba-7b"], 10**9
 
@@ -156,15 +156,15 @@ def test_every_field_of_recipe_and_model_is_a_flag_and_unknown_flags_fail(traine
 
 # The data
 
-def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch, tmp_path):
+def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch):
+    monkeypatch.setattr(train, "place", lambda recipe, tokens, i: ("text", i))
     monkeypatch.setattr(train, "GROUP", 2000)        # and 5000 rows: twice so many, and a rest
-    np.arange(10_600, dtype=np.uint16).tofile(tmp_path / "numbers.bin")
-    source = Source("text", [tmp_path / "numbers.bin"], byte_tokenizer(), replace(Recipe(), context=(2,)))
-    assert len(source.parts["training"]) == 10_070 and source.rows("training", 2) == 5034
-    once, again = ([source.row("training", i, 2) for i in range(start, start + 5034)] for start in (0, 5034))
-    assert all(row.tolist() == [row[0], row[0] + 1, row[0] + 2] for row in once)
-    once, again = ([int(row[0]) // 2 for row in rows] for rows in (once, again))
-    assert sorted(once) == sorted(again) == [*range(5034)]
+
+    class Numbers:
+        rows, row = (lambda self, part, length: 5000), (lambda self, part, i, length: i)
+    once, again = ([training_row(Recipe(), {"text": Numbers()}, 0, i) for i in range(start, start + 5000)]
+                   for start in (0, 5000))
+    assert sorted(once) == sorted(again) == [*range(5000)]
     for a, b in (once, range(2000)), (again, range(2000)), (once, again):
         assert abs(np.corrcoef(a[:2000], b[:2000])[0, 1]) < 0.1
 
@@ -191,15 +191,12 @@ def test_a_batch_is_a_function_of_seed_and_tokens(data):
     recipe, tokenizer = replace(Recipe(), context=(64,)), byte_tokenizer()
     sources = [{"text": Source("text", [data], tokenizer, recipe)} for _ in range(2)]
     for tokens, i in [(0, 0), (0, 3), (6400, 1), (10**6, 7)]:
-        (name, number), a = place(recipe, tokens, i), sources[0]["text"].row("training", 5 * i + tokens, 64)
+        a = training_row(recipe, sources[0], tokens, i)
         train.order.cache_clear()
-        assert name == "text" and place(recipe, tokens, i) == (name, number)
-        assert len(a) == 65 and np.array_equal(a, sources[1]["text"].row("training", 5 * i + tokens, 64))
-    seeds = [replace(recipe, seed=seed) for seed in range(5)]
-    assert len({place(seed, 0, 0) for seed in seeds}) == 5
-    rows = [Source("text", [data / "00.txt"], tokenizer, replace(seed, context=(8,))).row("training", 0, 8)
-            for seed in seeds]
-    assert len({row.tobytes() for row in rows}) > 1
+        b = training_row(recipe, sources[1], tokens, i)
+        assert len(a) == 65 and np.array_equal(a, b)
+    rows = [training_row(replace(recipe, seed=seed), sources[0], 0, 0).tobytes() for seed in range(5)]
+    assert len(set(rows)) == 5
 
 
 def test_documents_do_not_see_each_other():
@@ -320,7 +317,7 @@ for last in (False, False, True):
 mamba.selective_scan = scan
 class Tokens:
     size, rows = 100, lambda self, part, length: 9
-    row = lambda self, part, number, length: torch.arange(length + 1).numpy() % 50
+    row = lambda self, part, i, length: torch.arange(length + 1).numpy() % 50
 options = argparse.Namespace(device=torch.device("cpu"), micro_batch=2, checkpoint_activations=False,
                              compile=False, eval_only=False)
 recipe = train.Recipe(batch_start=5, ramp_tokens=1000, context=(8,))
