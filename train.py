@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import sample
 import scan
-from mamba import CheckpointError, Mamba, MambaConfig, find, read_json
+from mamba import Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
@@ -411,13 +411,13 @@ class Writer(dcp.HuggingFaceStorageWriter):
     rank's safetensors say in JSON which part of each tensor they hold, for any number of ranks to read.
     """
 
-    def __init__(self, out: Path, about: dict, keep: int):
-        self.out, self.about, self.keep = out, about, keep
-        super().__init__(out / "checkpoints" / f"step-{about['step']:09}.partial", save_distributed=True)
+    def __init__(self, out: Path, step: int, settings: dict, keep: int):
+        self.out, self.settings, self.keep = out, settings, keep
+        super().__init__(out / "checkpoints" / f"step-{step:09}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # dcp calls it on rank 0, after the last rank has written
         with sample.new_file(self.path / "run.json") as file:
-            file.write(json.dumps(self.about, indent=1).encode())
+            file.write(json.dumps(self.settings, indent=1).encode())
         os.replace(self.path, self.path.with_suffix(""))
         for old in checkpoints(self.out)[:-self.keep]:
             shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
@@ -530,24 +530,22 @@ class Trainer:
                 file.flush()
                 self.model.save_pretrained(self.args.out, weights)
         # After it, so that a run whose last checkpoint is complete has written its model too.
-        now = {"step": self.step, "tokens": self.tokens}
-        writer = Writer(self.args.out, now | self.settings, self.args.keep)
+        writer = Writer(self.args.out, self.step, self.settings, self.args.keep)
         # This copies to the CPU's memory before it returns; a thread writes while training goes on.
         saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
         self.await_saved = saving.result
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
-        about = read_json(folder / "run.json")
-        step, tokens = about.get("step"), about.get("tokens")
-        if not (type(step) is type(tokens) is int and 0 < step <= tokens < 2**60):
-            raise CheckpointError(f"{folder / 'run.json'} does not say which step of which run this is")
+        settings = read_json(folder / "run.json")
         for name, now in self.settings.items():
-            if about.get(name) != now:
-                raise ValueError(f"{folder} has {name} {about.get(name)!r:.80}, this command {now!r:.80}; "
+            if settings.get(name) != now:
+                raise ValueError(f"{folder} has {name} {settings.get(name)!r:.80}, this command {now!r:.80}; "
                                  "repeat the command that began the run, or begin another with --out")
         dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=self.group)
-        self.step, self.tokens = step, tokens
+        self.step = int(folder.name.removeprefix("step-"))
+        for _ in range(self.step):
+            self.tokens += batch_size(self.recipe, self.tokens) * context_length(self.recipe, self.tokens)
         for averages in self.adam.state.values():
             averages["step"] = torch.tensor(float(self.step))
 
@@ -666,8 +664,9 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     paths, recipe = named_data(args.data, recipe)
     folder = find(recipe.init_from or args.out) if recipe.init_from or args.eval_only else None
     tokenizer = open_tokenizer(args.tokenizer or (folder and folder / "tokenizer.json"))
+    every = sum(paths.values(), [])
     if args.tokenize_to:
-        return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
+        return tokenize_to(args.tokenize_to, every, tokenizer, recipe.seed)
     done = [] if args.eval_only else checkpoints(args.out)
     if done and not args.resume:
         raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
@@ -679,8 +678,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     else:
         model = Mamba(MambaConfig(**{"vocab_size": size, "eos_token_id": end} | sizes))
     # A .bin does not say whose numbers it holds. They are taken for bytes only where the model's are.
-    bins = [path for group in paths.values() for path in group if path.suffix == ".bin"]
-    guessed = bins and not (args.tokenizer or folder)
+    guessed = not (args.tokenizer or folder) and any(path.suffix == ".bin" for path in every)
     if size > model.config.vocab_size or guessed and size != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {size} tokens, the model {model.config.vocab_size}; name the "
                          "tokenizer.json that belongs to the model and the data with --tokenizer")

@@ -402,6 +402,35 @@ def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained,
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_save(trained, data, tmp_path, monkeypatch):
+    update, save, handlers = Trainer.update, Trainer.save, []
+
+    def interrupted(self):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        signal.raise_signal(signal.SIGINT)
+        return update(self)
+
+    def saved(self):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        save(self)
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    monkeypatch.setattr(Trainer, "save", saved)
+    status, out, _ = trained("--data", data, "--out", tmp_path / "out", *SMALL)
+    assert status == 0 and "stopped and saved at step 1;" in out
+    assert len(handlers) == 2 and handlers[0] != signal.SIG_DFL == handlers[1]
+
+
+@pytest.mark.parametrize("gpus, nccl", [(0, True), (1, False), (2, True)])
+def test_a_process_without_a_gpu_or_nccl_is_a_sentence(trained, data, monkeypatch, gpus, nccl):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(train.sample, "device", lambda text: torch.device("cuda"))
+    status, _, err = trained("--data", data)
+    assert status == 1 and err.startswith("train.py: ") and "NCCL" in err and f" {gpus} " in err, err
+    assert "--nproc-per-node" in err and "--device cpu" in err
+
+
 def test_sigkill_loses_neither_the_folder_nor_the_curve(uninterrupted, data, tmp_path):
     seconds = float(uninterrupted.with_name("seconds").read_text())
     assert kill_loop(2, data, tmp_path / "out", uninterrupted, seconds, seed=1) >= 2
@@ -430,6 +459,18 @@ def test_the_shares_of_a_sources_paths_add_up(data):
     flags = [f"code={data}/00.txt:0.5", f"code={data}/01.txt:.25", f"prose={data}:0.25"]
     paths, recipe = train.named_data(flags, Recipe())
     assert [*map(len, paths.values())] == [2, 1] and mixture(recipe, 0) == {"code": 0.75, "prose": 0.25}
+
+
+def test_data_without_shares_takes_the_recipes_and_a_single_source_needs_none(data):
+    two = replace(Recipe(), mixture=("a:3 b:1", "b:1"), stages=(0, 9))
+    paths, recipe = train.named_data([f"a={data}", f"b={data}/00.txt"], two)
+    assert recipe == two and paths == {"a": [data], "b": [data / "00.txt"]}
+    for flags in ["a=A"], ["A"], ["a=A:0.3"], ["A", "A/00.txt"]:
+        paths, recipe = train.named_data([flag.replace("A", str(data)) for flag in flags], two)
+        assert mixture(recipe, 0) == mixture(recipe, 9) == {name: 1 for name in paths} and len(paths) == 1
+    for flags in ["a=A", "c=A"], ["a=A:0.5", "b=A"], ["a=A", "b=A", "c=A"]:
+        with pytest.raises(ValueError, match="name the same, or give each a share"):
+            train.named_data([flag.replace("A", str(data)) for flag in flags], two)
 
 
 @pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0"])
