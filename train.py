@@ -339,9 +339,8 @@ class Objective(nn.Module):
         Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the
         largest tensor of the run, 2 GB for one row of the 7B.
         """
-        # What stands in for a token of -100 does not matter. A row's first token starts a document too.
-        tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]                                # (b, l) both
-        starts = F.pad(tokens[:, :-1] == self.end, (1, 0), value=True)                          # (b, l)
+        tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]    # (b, l) both; any token will do for -100
+        starts = F.pad(tokens[:, :-1] == self.end, (1, 0))                                      # (b, l)
         hidden, _ = self.model.backbone(tokens, self.model.blank_state(len(tokens)), starts)    # (b, l, m)
         pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
         return sum(rerun(self.piece, *piece) for piece in pieces)
@@ -552,6 +551,8 @@ class Trainer:
     def run(self) -> bool:
         """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
         args, total, signals, stop = self.args, self.recipe.total_tokens, [], False
+        if self.rank == 0:
+            prepare(args.out, self.step)
 
         def on_signal(number, frame):
             signals.append(number)
@@ -686,8 +687,6 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     if done:
         trainer.resume(done[-1])
-    if trainer.rank == 0 and not args.eval_only:
-        prepare(args.out, trainer.step)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(source.size for source in sources.values()):,} tokens of text, "
           f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"

@@ -499,6 +499,9 @@ def test_tokens_of_another_vocabulary_are_not_taken_for_bytes(trained, tmp_path)
     assert status == 1 and "65024" in err and "257" in err and "--tokenizer" in err
     assert not (tmp_path / "out").exists()
     assert trained(*flags)[0] == 0
+    np.tile(np.array([97, 300, 256], np.uint16), 3000).tofile(tmp_path / "falcon.bin")
+    status, _, err = trained(*flags[:3], tmp_path / "other", *SMALL)
+    assert status == 1 and "token 300" in err and "257" in err and "another tokenizer" in err
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -555,15 +558,16 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(trained, unint
     assert curve(out) == curve(uninterrupted)
 
 
+@pytest.mark.parametrize("every", [3, 1000])       # the next save waits for this one, or the run's end does
 def test_a_checkpoint_that_cannot_be_written_is_a_sentence(trained, uninterrupted, data, tmp_path,
-                                                          monkeypatch):
+                                                          monkeypatch, every):
     out = copy_of(uninterrupted, tmp_path, 9)
     before = checkpoint_files(out, 9)
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train.Writer, "write_data", full)
-    status, _, err = trained("--data", data, "--out", out, *SMALL, "--resume")
+    status, _, err = trained("--data", data, "--out", out, *SMALL, "--resume", "--checkpoint-every", every)
     assert status == 1 and "No space left on device" in err and checkpoint_files(out, 9) == before
 
 
