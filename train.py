@@ -468,7 +468,7 @@ class Trainer:
         if rows.max() >= self.model.config.vocab_size:
             raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
                              f"{self.model.config.vocab_size}: another tokenizer made it")
-        return rows.to(self.args.device).tensor_split(math.ceil(len(rows) / self.args.micro_batch))
+        return rows.tensor_split(math.ceil(len(rows) / self.args.micro_batch))
 
     def update(self) -> dict:
         """One step. Returns its figures, which are over all ranks."""
@@ -479,7 +479,7 @@ class Trainer:
         for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(rows is passes[-1])
-            loss = self.objective(rows)
+            loss = self.objective(rows.to(self.args.device))
             (loss * self.world / count).backward()        # FSDP takes the mean over ranks
             losses.append(loss.detach())        # read below: to read it here would let a GPU wait for us
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
@@ -504,7 +504,7 @@ class Trainer:
         for name, source in self.sources.items():
             chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
             for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
-                nats += self.objective(rows).item()
+                nats += self.objective(rows.to(self.args.device)).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats), over_ranks(size)
