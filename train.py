@@ -551,8 +551,6 @@ class Trainer:
     def run(self) -> bool:
         """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
         args, total, signals, stop = self.args, self.recipe.total_tokens, [], False
-        if self.rank == 0:
-            prepare(args.out, self.step)
 
         def on_signal(number, frame):
             signals.append(number)
@@ -687,6 +685,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     if done:
         trainer.resume(done[-1])
+    if trainer.rank == 0 and not args.eval_only:
+        prepare(args.out, trainer.step)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(source.size for source in sources.values()):,} tokens of text, "
           f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"

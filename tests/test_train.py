@@ -420,10 +420,11 @@ def test_a_second_ctrl_c_does_not_wait_for_the_save(trained, data, tmp_path, mon
     assert len(handlers) == 2 and handlers[0] != signal.SIG_DFL == handlers[1]
 
 
-@pytest.mark.parametrize("gpus, nccl", [(0, True), (1, False), (2, True)])
+@pytest.mark.parametrize("gpus, nccl", [(0, True), (2, True), (3, False)])
 def test_a_process_without_a_gpu_or_nccl_is_a_sentence(trained, data, monkeypatch, gpus, nccl):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
     monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(train.sample, "device", lambda text: torch.device("cuda"))
     status, _, err = trained("--data", data)
