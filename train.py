@@ -10,13 +10,13 @@
     python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on your texts
 
 The recipe is that of the report, arXiv 2410.05355, section 3; what it does not give is marked as our choice.
-All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: never of the
-number of GPUs, the micro-batch or a restart. A run can stop anywhere, go on elsewhere, and draw the same loss
-curve. The engine is PyTorch's own. torchrun starts a process, a rank, for each of `world` GPUs. fully_shard
-(FSDP2, after ZeRO) leaves each rank its part of the weights, gradients and Adam's averages; it gathers a
-block's whole weights just before it runs, and adds up gradients over ranks. torch.distributed.checkpoint
-(dcp) saves and loads what is so divided. A step is one update of the weights; each rank makes its rows of the
-batch in passes, forward and backward, of at most --micro-batch rows.
+All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: a run can stop
+anywhere, go on with other GPUs or another --micro-batch, and draw the same loss curve. The engine is
+PyTorch's own. torchrun starts a process, a rank, for each of `world` GPUs. fully_shard (FSDP2, after ZeRO)
+leaves each rank its part of the weights, gradients and Adam's averages; it gathers a block's whole weights
+just before it runs, and adds up gradients over ranks. torch.distributed.checkpoint (dcp) saves and loads what
+is so divided. A step is one update of the weights; each rank makes its rows of the batch in passes, forward
+and backward, of at most --micro-batch rows.
 
 Sizes in the shape comments: b batch, l length, m d_model.
 """
@@ -33,12 +33,11 @@ import sys
 import sysconfig
 import time
 import warnings
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +56,19 @@ from tqdm import tqdm
 
 import sample
 import scan
-from mamba import CheckpointError, Mamba, MambaConfig, find, read_json
+from mamba import Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
-GROUP = 2**20              # rows that are shuffled together: a corpus may have billions, too many for a table
+GROUP = 2**20              # rows of a source that are shuffled together: a table of all may be too long
 
 
 def flag(default, help, low=0, high=2**60):
-    """A field that is also a flag of the command line; its numbers go from low to high."""
-    return field(default=default, metadata={"help": help, "range": (low, high)})
+    """A field that is also a flag: a text, a number from low to high, or several of them with commas."""
+    kind = type(default[0] if type(default) is tuple else default)
+    one = str if kind is str else sample.number(kind, low, high)
+    several = lambda text: tuple(one(part) for part in text.split(","))
+    return field(default=default, metadata={"help": help, "type": several if type(default) is tuple else one})
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Recipe:
     context: tuple[int, ...] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
     mixture: tuple[str, ...] = flag(("text:1",), "sources' shares, as 'web:9 code:1', or one text a stage")
     lr: float = flag(4e-3, "the learning rate's peak")
-    decay_factor: float = flag(256, "by which the learning rate decays in all", 1)
+    decay_factor: float = flag(256.0, "by which the learning rate decays in all", 1)
     weight_decay: float = flag(0.1, "AdamW's, of matrices only")
     beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
     beta2: float = flag(0.95, "AdamW's", 0, 0.9999999)
@@ -91,15 +93,15 @@ class Recipe:
     init_from: str = flag("", "folder or hub id of a model to start from (else fresh weights)")
 
     def __post_init__(self):
-        if self.stages[0] != 0 or list(self.stages) != sorted({*self.stages}):
+        if [*self.stages] != sorted({0, *self.stages}):
             raise ValueError(f"--stages is {self.stages}, but must begin with 0 and rise")
         for name, values in {"context": self.context, "mixture": self.mixture}.items():
             if len(values) not in (1, len(self.stages)):
                 raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
-        if max(self.warmup_tokens, self.ramp_tokens) + self.decay_tokens > self.total_tokens:
-            raise ValueError(f"--total-tokens {self.total_tokens} has no room for --warmup-tokens "
-                             f"{self.warmup_tokens}, --ramp-tokens {self.ramp_tokens} and then "
-                             f"--decay-tokens {self.decay_tokens}")
+        before = max(self.warmup_tokens, self.ramp_tokens)
+        if before + self.decay_tokens > self.total_tokens:
+            raise ValueError(f"--total-tokens {self.total_tokens} has no room for {before} --warmup-tokens "
+                             f"or --ramp-tokens and then {self.decay_tokens} --decay-tokens")
         for start in self.stages:
             mixture(self, start)        # raises where one cannot be read
 
@@ -120,17 +122,17 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
 
 
 def stage(recipe: Recipe, tokens: int) -> int:
-    return bisect_right(recipe.stages, tokens) - 1
+    return sum(start <= tokens for start in recipe.stages) - 1
 
 
 def context_length(recipe: Recipe, tokens: int) -> int:
     """Tokens in each sequence of that step."""
-    return recipe.context[min(stage(recipe, tokens), len(recipe.context) - 1)]
+    return recipe.context[stage(recipe, tokens) % len(recipe.context)]     # one for all stages, or one each
 
 
 def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
     """Source -> its share of that step's tokens; the shares add up to 1."""
-    text = recipe.mixture[min(stage(recipe, tokens), len(recipe.mixture) - 1)]
+    text = recipe.mixture[stage(recipe, tokens) % len(recipe.mixture)]
     try:
         shares = {name: float(share) for name, share in (part.split(":") for part in text.split())}
         if not all(0 <= share < math.inf for share in shares.values()):
@@ -142,8 +144,8 @@ def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
 
 def scaled(recipe: Recipe, total: int) -> Recipe:
     """The same recipe over another number of tokens: each phase and stage keeps its part of the whole."""
-    part = {name: getattr(recipe, name) * total // recipe.total_tokens
-            for name in ("total_tokens", "warmup_tokens", "ramp_tokens", "decay_tokens")}
+    part = {f.name: getattr(recipe, f.name) * total // recipe.total_tokens
+            for f in fields(recipe) if f.name.endswith("_tokens")}
     stages = tuple(start * total // recipe.total_tokens for start in recipe.stages)
     return replace(recipe, stages=stages, **part)
 
@@ -213,9 +215,8 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
         if share:
             shares[name] += float(share)        # its paths may bring a part each
     paths = paths or {"text": standard_library()}
-    shares = dict.fromkeys(paths, 1) if len(paths) == 1 else shares
-    if shares.keys() == paths.keys():
-        given = " ".join(f"{name}:{share}" for name, share in shares.items())
+    if len(paths) == 1 or shares.keys() == paths.keys():
+        given = " ".join(f"{name}:{shares[name] or 1}" for name in paths)
         return paths, replace(recipe, mixture=(given,))
     wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
     if shares or wanted != paths.keys():
@@ -224,7 +225,7 @@ def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]],
     return paths, recipe
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def order(n: int, *key: int) -> np.ndarray:
     """The numbers below n in an order that the key fixes."""
     return np.random.default_rng(key).permutation(n)
@@ -296,18 +297,18 @@ class Source:
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
     """Row i of the step that starts after `tokens`: its source, and its number among that source's rows.
 
-    A stage deals its rows in blocks of 1000. In a block each source owns as many of the slots 0 to 999 as its
-    share is worth, and the slots are dealt in shuffled order. Numbers go on from those of the stages before,
-    whose length its share tells up to rounding; then block after block, and in a block slot after slot.
+    A stage deals its rows from decks of 1000 cards, shuffled, with as many of each source as its share is
+    worth. A source's rows are numbered on from those of the stages before, whose length its share tells up to
+    rounding; then deck after deck, and as its cards lay before the deck was shuffled.
     """
     now, length, shares = stage(recipe, tokens), context_length(recipe, tokens), mixture(recipe, tokens)
-    block, slot = divmod((tokens - recipe.stages[now]) // length + i, 1000)
-    slot = int(order(1000, recipe.seed, now, block)[slot])
-    ends = [round(1000 * share) for share in accumulate(shares.values(), initial=0)]
-    k = bisect_right(ends, slot) - 1            # the source that owns slots ends[k] to ends[k + 1] - 1
-    name = [*shares][k]
+    decks, drawn = divmod((tokens - recipe.stages[now]) // length + i, 1000)
+    card = order(1000, recipe.seed, now, decks)[drawn]
+    counts = np.diff(np.rint(1000 * np.cumsum([0, *shares.values()]))).astype(int)
+    deck = np.repeat([*shares], counts)         # source's names
+    name, own = deck[card], deck == deck[card]
     former = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
-    return name, int(former // length) + block * (ends[k + 1] - ends[k]) + slot - ends[k]
+    return name, int(former // length) + decks * own.sum() + own[:card].sum()
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
@@ -316,8 +317,8 @@ def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int
     rows = sources[name].rows("training", length)
     epoch, k = divmod(number, rows)
     first = k - k % GROUP
-    k = first + int(order(min(GROUP, rows - first), recipe.seed, *name.encode(), epoch, first)[k - first])
-    return sources[name].row("training", k, length)
+    shuffled = order(min(GROUP, rows - first), recipe.seed, *name.encode(), epoch, first)
+    return sources[name].row("training", first + shuffled[k - first], length)
 
 
 # PyTorch has a second "checkpoint", for activations: it keeps only args, and the backward pass runs the
@@ -328,16 +329,18 @@ rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 class Objective(nn.Module):
     """Model and loss in one module, as FSDP gathers weights when a module is called, and both use lm_head."""
 
-    def __init__(self, model: Mamba):
+    def __init__(self, model: Mamba, end: int):
         super().__init__()
-        self.model = model
+        self.model, self.end = model, end
 
-    def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """-log p(target) in nats, summed over (b, l); a target of -100 counts for nothing.
+    def forward(self, rows: Tensor) -> Tensor:
+        """-log p of every token of rows (b, l + 1) but each first, in nats, summed; -100 counts nothing.
 
         Logits of 1024 tokens at a time, computed again for the backward pass: together they would be the
         largest tensor of the run, 2 GB for one row of the 7B.
         """
+        tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]    # (b, l) both; any token will do for -100
+        starts = F.pad(tokens[:, :-1] == self.end, (1, 0))                                      # (b, l)
         hidden, _ = self.model.backbone(tokens, self.model.blank_state(len(tokens)), starts)    # (b, l, m)
         pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
         return sum(rerun(self.piece, *piece) for piece in pieces)
@@ -347,7 +350,7 @@ class Objective(nn.Module):
 
 
 def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> None:
-    """Leave each rank its part of every tensor, in fp32. A block is gathered when it runs and let go after.
+    """Leave each rank its part of every tensor, in fp32.
 
     The weights of the large products are gathered, and multiplied, in `dtype`. The rest of a block is small
     and exact, and gathered in fp32: A_log, whose rounding exp(delta A) would raise to the power of thousands
@@ -363,10 +366,9 @@ def shard(objective: Objective, device: str, world: int, dtype: torch.dtype) -> 
 
 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear and embedding layers, and nothing else.
+    """AdamW that decays the matrices of linear and embedding layers.
 
-    Not A_log, D, the convolution, biases or norms: they are rates and scales, whose natural size is not 0. A
-    rule by the number of dimensions would decay A_log and the convolution too.
+    The others are rates and scales, whose natural size is not 0: A_log, D, the convolution, biases and norms.
     """
     matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     decayed, others = ([p for p in model.parameters() if (p in matrices) == is_in] for is_in in (True, False))
@@ -408,15 +410,14 @@ class Writer(dcp.HuggingFaceStorageWriter):
     rank's safetensors say in JSON which part of each tensor they hold, for any number of ranks to read.
     """
 
-    def __init__(self, out: Path, about: dict, keep: int):
-        self.out, self.about, self.keep = out, about, keep
-        self.folder = out / "checkpoints" / f"step-{about['step']:09}"
-        super().__init__(f"{self.folder}.partial", save_distributed=True)
+    def __init__(self, out: Path, step: int, settings: dict, keep: int):
+        self.out, self.settings, self.keep = out, settings, keep
+        super().__init__(out / "checkpoints" / f"step-{step:09}.partial", save_distributed=True)
 
     def finish(self, metadata, results):            # dcp calls it on rank 0, after the last rank has written
         with sample.new_file(self.path / "run.json") as file:
-            file.write(json.dumps(self.about, indent=1).encode())
-        os.replace(self.path, self.folder)
+            file.write(json.dumps(self.settings, indent=1).encode())
+        os.replace(self.path, self.path.with_suffix(""))
         for old in checkpoints(self.out)[:-self.keep]:
             shutil.rmtree(old.rename(f"{old}.partial"))     # half a checkpoint never has a checkpoint's name
 
@@ -436,7 +437,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
-        self.sources, self.step, self.tokens, self.saving, self.group = sources, 0, 0, None, None
+        self.sources, self.step, self.tokens, self.group, self.await_saved = sources, 0, 0, None, lambda: None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
             scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
@@ -445,7 +446,7 @@ class Trainer:
                 block.forward = partial(rerun, block.forward)
             if args.compile:
                 block.compile()
-        self.objective = Objective(model)
+        self.objective = Objective(model, tokenizer.token_to_id(END))
         if dist.is_initialized():               # bf16 on a GPU; few CPUs multiply it faster
             dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
             shard(self.objective, args.device.type, self.world, dtype)
@@ -458,26 +459,16 @@ class Trainer:
             "vocabulary": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
             "data": {name: source.size for name, source in sources.items()}}))
 
-    def passes(self, count: int, row: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-        """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass.
-
-        All ranks make as many passes of as many rows: rows of -100 fill the last ones up, so that any batch
-        fits any number of ranks.
-        """
+    def passes(self, count: int, row: Callable[[int], np.ndarray]) -> tuple[Tensor, ...]:
+        """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass."""
+        # All ranks make as many passes of as many rows: rows of -100 fill the last ones up.
         mine = range(self.rank, self.world * math.ceil(count / self.world), self.world)
         rows = [row(i).astype(np.int64) if i < count else np.full_like(row(0), -100, np.int64) for i in mine]
-        return np.array_split(rows, math.ceil(len(rows) / self.args.micro_batch))
-
-    def loss(self, rows: np.ndarray) -> Tensor:
-        """The loss in nats, summed over these rows; a token of -100 counts for nothing."""
+        rows = torch.from_numpy(np.stack(rows))
         if rows.max() >= self.model.config.vocab_size:
             raise ValueError(f"the data holds token {rows.max()}, but the model's vocabulary has only "
                              f"{self.model.config.vocab_size}: another tokenizer made it")
-        # What stands in for a token of -100 does not matter. A row's first token starts a document too.
-        rows = torch.from_numpy(rows).to(self.args.device)                              # (b, l + 1)
-        tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]                        # (b, l), (b, l)
-        starts = F.pad(tokens[:, :-1] == self.tokenizer.token_to_id(END), (1, 0), value=True)
-        return self.objective(tokens, targets, starts)
+        return rows.tensor_split(math.ceil(len(rows) / self.args.micro_batch))
 
     def update(self) -> dict:
         """One step. Returns its figures, which are over all ranks."""
@@ -488,7 +479,7 @@ class Trainer:
         for rows in passes:
             if dist.is_initialized():           # gradients add up on each rank and travel after the last pass
                 self.objective.set_requires_gradient_sync(rows is passes[-1])
-            loss = self.loss(rows)
+            loss = self.objective(rows.to(self.args.device))
             (loss * self.world / count).backward()        # FSDP takes the mean over ranks
             losses.append(loss.detach())        # read below: to read it here would let a GPU wait for us
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
@@ -513,27 +504,22 @@ class Trainer:
         for name, source in self.sources.items():
             chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
             for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
-                nats += self.loss(rows).item()
+                nats += self.objective(rows.to(self.args.device)).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
                 size += sum(len(text.encode()) for text in texts)
             nats, size = over_ranks(nats), over_ranks(size)
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
         return losses
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, Tensor]:
         """All that steps change: the weights, and Adam's two averages, which are 0 before the first step."""
-        weights, adam = get_state_dict(self.model, self.adam)
-        averages = {kind: {name: of[kind] for name, of in adam["state"].items()}
-                    for kind in ("exp_avg", "exp_avg_sq")}
-        return {"weight": weights, **averages}
+        flat = StateDictOptions(flatten_optimizer_state_dict=True)
+        weights, adam = get_state_dict(self.model, self.adam, options=flat)
+        return weights | {name: value for name, value in adam.items() if "exp_avg" in name}
 
     def save(self) -> None:
-        """A checkpoint, and the model as it is published.
-
-        async_save copies to the CPU's memory before it returns; a thread writes while training goes on.
-        """
-        if self.saving:
-            self.saving.result()        # the checkpoint before this one is written, or this raises why not
+        """A checkpoint, and the model as it is published."""
+        self.await_saved()      # the checkpoint before this one is written, or this raises why not
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
         if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
@@ -543,22 +529,22 @@ class Trainer:
                 file.flush()
                 self.model.save_pretrained(self.args.out, weights)
         # After it, so that a run whose last checkpoint is complete has written its model too.
-        about = {"step": self.step, "tokens": self.tokens, "settings": self.settings}
-        writer = Writer(self.args.out, about, self.args.keep)
-        self.saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+        writer = Writer(self.args.out, self.step, self.settings, self.args.keep)
+        # This copies to the CPU's memory before it returns; a thread writes while training goes on.
+        saving = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+        self.await_saved = saving.result
 
     def resume(self, folder: Path) -> None:
         """Go on from this checkpoint. ValueError if it is of another model, vocabulary, recipe or corpus."""
-        about = read_json(folder / "run.json")
-        step, tokens, settings = (about.get(name) for name in ("step", "tokens", "settings"))
-        if not (type(step) is type(tokens) is int and 0 < step <= tokens < 2**60 and type(settings) is dict):
-            raise CheckpointError(f"{folder / 'run.json'} does not say which step of which run this is")
+        settings = read_json(folder / "run.json")
         for name, now in self.settings.items():
             if settings.get(name) != now:
                 raise ValueError(f"{folder} has {name} {settings.get(name)!r:.80}, this command {now!r:.80}; "
                                  "repeat the command that began the run, or begin another with --out")
         dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=self.group)
-        self.step, self.tokens = step, tokens
+        self.step = int(folder.name.removeprefix("step-"))
+        for _ in range(self.step):
+            self.tokens += batch_size(self.recipe, self.tokens) * context_length(self.recipe, self.tokens)
         for averages in self.adam.state.values():
             averages["step"] = torch.tensor(float(self.step))
 
@@ -568,8 +554,7 @@ class Trainer:
 
         def on_signal(number, frame):
             signals.append(number)
-            if number == signal.SIGINT:                     # a second Ctrl-C does not wait; of SIGTERM a
-                signal.signal(number, signal.SIG_DFL)       # scheduler and torchrun may send one each
+            signal.signal(signal.SIGINT, signal.SIG_DFL)    # the next Ctrl-C does not wait for the save
         former = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         peak = self.world * next((PEAKS[name] for name in PEAKS if name in gpu), 0)
@@ -593,8 +578,7 @@ class Trainer:
                         file.write(json.dumps(row) + "\n")
                 if self.step % args.checkpoint_every == 0 or end or stop:
                     self.save()
-        if self.saving:
-            self.saving.result()
+        self.await_saved()
         for number, handler in former.items():
             signal.signal(number, handler)
         return self.tokens >= total
@@ -679,8 +663,9 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     paths, recipe = named_data(args.data, recipe)
     folder = find(recipe.init_from or args.out) if recipe.init_from or args.eval_only else None
     tokenizer = open_tokenizer(args.tokenizer or (folder and folder / "tokenizer.json"))
+    every = sum(paths.values(), [])
     if args.tokenize_to:
-        return tokenize_to(args.tokenize_to, sum(paths.values(), []), tokenizer, recipe.seed)
+        return tokenize_to(args.tokenize_to, every, tokenizer, recipe.seed)
     done = [] if args.eval_only else checkpoints(args.out)
     if done and not args.resume:
         raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
@@ -691,14 +676,12 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         model = Mamba.from_pretrained(folder)
     else:
         model = Mamba(MambaConfig(**{"vocab_size": size, "eos_token_id": end} | sizes))
-    if size > model.config.vocab_size:
-        raise ValueError(f"{args.tokenizer or 'the tokenizer'} has {size} tokens, but the model only "
-                         f"{model.config.vocab_size}; give the tokenizer that belongs to it")
+    # A .bin does not say whose numbers it holds. They are taken for bytes only where the model's are.
+    guessed = not (args.tokenizer or folder) and any(path.suffix == ".bin" for path in every)
+    if size > model.config.vocab_size or guessed and size != model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {size} tokens, the model {model.config.vocab_size}; name the "
+                         "tokenizer.json that belongs to the model and the data with --tokenizer")
     sources = {name: Source(name, group, tokenizer, recipe) for name, group in paths.items()}
-    if size < model.config.vocab_size and not (args.tokenizer or folder) and any(
-            source.bin for source in sources.values()):         # it does not say whose numbers it holds
-        raise ValueError(f"the model has {model.config.vocab_size} tokens, but without --tokenizer a .bin is "
-                         f"taken for bytes, {size} tokens; name the tokenizer.json that made it")
     trainer = Trainer(args, recipe, model, tokenizer, sources)
     if done:
         trainer.resume(done[-1])
@@ -735,18 +718,10 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     sample.write(sample.generate(model, tokens, 300, 0.8, stop=end), tokenizer, ["def "], end)
 
 
-def value(kind: type, low: float = 0, high: float = 2**60):
-    """An argparse type: a number from low to high, several with commas, or a text."""
-    if kind in (tuple[int, ...], tuple[str, ...]):
-        one = value(kind.__args__[0], low, high)
-        return lambda text: tuple(one(part) for part in text.split(","))
-    return kind if kind is str else sample.number(kind, low, high)
-
-
 def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     """What the command line asks for: how to run, the recipe, and the sizes of a fresh model."""
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
-    add, count, switch = parser.add_argument, value(int, 1), argparse.BooleanOptionalAction
+    add, switch, count = parser.add_argument, argparse.BooleanOptionalAction, sample.number(int, 1, 2**60)
     add("--recipe", choices=RECIPES, default="tiny", help="where all that is not given comes from")
     add("--data", action="append", default=[], help="text file, folder of them, or .bin of tokens, as path, "
         "name=path or name=path:share; repeat for more (else the sources of Python's standard library)")
@@ -756,8 +731,8 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     add("--resume", action=switch, help="go on from the last checkpoint in --out, if it has one")
     add("--eval-only", action=switch, help="only print the held-out loss of --init-from, or of --out")
     add("--plan", action=switch, help="only print the run's steps, rates, days and memory")
-    add("--world-size", type=value(int, 1, 2**20), default=1, help="GPUs, for that plan (default 1)")
-    add("--mfu", type=value(float, 1e-3, 1), default=0.18,
+    add("--world-size", type=sample.number(int, 1, 2**20), default=1, help="GPUs, for that plan (default 1)")
+    add("--mfu", type=sample.number(float, 1e-3, 1), default=0.18,
         help="the part of the GPUs' peak that training reaches, for that plan (default %(default)s)")
     add("--micro-batch", type=count, default=16, help="sequences a GPU runs at a time (default %(default)s)")
     add("--checkpoint-activations", action=switch, help="a third more time, for far less memory")
@@ -769,11 +744,12 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     for cls, title in (Recipe, "the recipe"), (MambaConfig, "the sizes of a fresh model"):
         group = parser.add_argument_group(title, "with the defaults of --recipe tiny")
         for f in fields(cls):
-            bounds, default = f.metadata.get("range", ()), SIZES["tiny"].get(f.name, f.default)
-            kind = {"action": switch} if f.type is bool else {"type": value(f.type, *bounds)}
+            default = SIZES["tiny"].get(f.name, f.default)
+            kind = {"action": switch} if f.type is bool else {"type": sample.number(f.type, 0, 2**60)}
             shown = ",".join(map(str, default)) if type(default) is tuple else default
-            about = f.metadata.get("help", "") + (f" (default {shown})" if shown not in ("", None) else "")
-            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
+            about = f" (default {shown})" if shown not in ("", None) else ""
+            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                               **kind | f.metadata | {"help": f.metadata.get("help", "") + about})
     args = parser.parse_args(arguments)
     given, recipe = vars(args), RECIPES[args.recipe]
     recipe = scaled(recipe, given.get("total_tokens", recipe.total_tokens))
@@ -786,8 +762,8 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
 
 @sample.plainly("train.py", "a smaller --micro-batch")
 def main() -> None:
-    # Harmless, so not shown: FSDP's warning of views, which are of a state that we drop; dcp's that it runs
-    # without torch.distributed; and its log of a traceback, which becomes a sentence below.
+    # Harmless: FSDP's warning of views, which are of a state that we drop; dcp's that it runs without
+    # torch.distributed, and its log of a traceback, which becomes a sentence below.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)
     gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()     # torchrun counts from 0
@@ -798,14 +774,13 @@ def main() -> None:
         if args.plan:
             vocabulary = {"vocab_size": sample.vocabulary(open_tokenizer(args.tokenizer))}
             return plan(args, recipe, MambaConfig(**vocabulary | sizes))
-        if args.device.type == "cuda" and not dist.is_nccl_available():
-            raise ValueError("training on a GPU needs NCCL, which this PyTorch lacks; try --device cpu")
-        if args.device.type == "cuda" and gpu >= gpus:
-            raise ValueError(f"process {gpu + 1} has no GPU, as there are {gpus}; lower --nproc-per-node")
-        if "RANK" in os.environ:                            # torchrun started us
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-        elif args.device.type == "cuda":                    # fully_shard also brings bf16 to a single GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        cuda = args.device.type == "cuda"
+        if cuda and not (gpu < gpus and dist.is_nccl_available()):
+            raise ValueError(f"GPUs need a PyTorch with NCCL, and each process one of the {gpus} here; lower "
+                             "--nproc-per-node, or try --device cpu")
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        if cuda or not alone:       # torchrun started us; and fully_shard brings bf16 also to a single GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
         if dist.is_initialized() and dist.get_rank() > 0:   # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
         run(args, recipe, sizes)

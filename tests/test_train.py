@@ -207,7 +207,7 @@ def test_documents_do_not_see_each_other():
     def cost(first, closed):
         own = [90, 91, 92, 93]
         rows = [np.concatenate([first, [end] if closed else [99], own, [last]]) for last in (94, 95)]
-        a, b = (t.loss(row[None]).item() for row in rows)
+        a, b = (t.objective(torch.from_numpy(row[None])).item() for row in rows)
         return a - b        # all but the last target cancels
     assert cost(before, True) == pytest.approx(cost(others, True), abs=2e-4)
     assert abs(cost(before, False) - cost(others, False)) > 1e-3
@@ -270,11 +270,16 @@ def test_weight_decay_touches_matrices_only(tied):
 def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits():
     torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=50, d_model=32, n_layer=1, d_state=4))
-    tokens, targets = torch.randint(50, (3, 700)), torch.randint(50, (3, 700))
-    starts = torch.rand(3, 700) < 0.1
-    loss = Objective(model)(tokens, targets, starts)
+    rows = torch.randint(50, (3, 701))
+    rows[:, 600:][rows[:, 600:] == 7] = -100            # a document ends with 7, and some tokens do not count
+    loss = Objective(model, 7)(rows)
+    tokens, targets = rows[:, :-1].clone(), rows[:, 1:]
+    starts = torch.ones(3, 700, dtype=torch.bool)
+    starts[:, 1:] = tokens[:, :-1] == 7
+    tokens[tokens == -100] = 0
     logits, _ = model(tokens, reset=starts)
-    whole = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    counted = targets != -100
+    whole = -logits.log_softmax(-1)[counted].gather(1, targets[counted][:, None]).sum()
     torch.testing.assert_close(loss, whole)
     grads = [torch.autograd.grad(v, model.lm_head.weight)[0] for v in (loss, whole)]
     torch.testing.assert_close(*grads)
@@ -289,11 +294,11 @@ import mamba, train
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 torch.manual_seed(0)
 model = mamba.Mamba(mamba.MambaConfig(vocab_size=50, d_model=64, n_layer=2, d_state=8, initializer_range=0.1))
-args = torch.randint(50, (2, 64)), torch.randint(50, (2, 64)), torch.rand(2, 64) < 0.1
-exact = train.Objective(model)(*args).item()
+rows = torch.randint(50, (2, 65))
+exact = train.Objective(model, 49)(rows).item()
 for block in model.backbone.layers:
     block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-objective = train.Objective(model)
+objective = train.Objective(model, 49)
 train.shard(objective, "cpu", 1, torch.bfloat16)
 seen, scan = {}, mamba.selective_scan
 def spy(x, dt, A, B, C, D, z, dt_bias, h0, reset):
@@ -306,7 +311,7 @@ mamba.selective_scan = spy
 arrived = []
 for last in (False, False, True):
     objective.set_requires_gradient_sync(last)
-    loss = objective(*args)
+    loss = objective(rows)
     loss.backward()
     arrived.append(sum(p.grad is not None for p in model.parameters()))
 mamba.selective_scan = scan
@@ -397,6 +402,36 @@ def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained,
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_save(trained, data, tmp_path, monkeypatch):
+    update, save, handlers = Trainer.update, Trainer.save, []
+
+    def interrupted(self):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        signal.raise_signal(signal.SIGINT)
+        return update(self)
+
+    def saved(self):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        save(self)
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    monkeypatch.setattr(Trainer, "save", saved)
+    status, out, _ = trained("--data", data, "--out", tmp_path / "out", *SMALL)
+    assert status == 0 and "stopped and saved at step 1;" in out
+    assert len(handlers) == 2 and handlers[0] != signal.SIG_DFL == handlers[1]
+
+
+@pytest.mark.parametrize("gpus, nccl", [(0, True), (2, True), (3, False)])
+def test_a_process_without_a_gpu_or_nccl_is_a_sentence(trained, data, monkeypatch, gpus, nccl):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(train.sample, "device", lambda text: torch.device("cuda"))
+    status, _, err = trained("--data", data)
+    assert status == 1 and err.startswith("train.py: ") and "NCCL" in err and f" {gpus} " in err, err
+    assert "--nproc-per-node" in err and "--device cpu" in err
+
+
 def test_sigkill_loses_neither_the_folder_nor_the_curve(uninterrupted, data, tmp_path):
     seconds = float(uninterrupted.with_name("seconds").read_text())
     assert kill_loop(2, data, tmp_path / "out", uninterrupted, seconds, seed=1) >= 2
@@ -427,6 +462,18 @@ def test_the_shares_of_a_sources_paths_add_up(data):
     assert [*map(len, paths.values())] == [2, 1] and mixture(recipe, 0) == {"code": 0.75, "prose": 0.25}
 
 
+def test_data_without_shares_takes_the_recipes_and_a_single_source_needs_none(data):
+    two = replace(Recipe(), mixture=("a:3 b:1", "b:1"), stages=(0, 9))
+    paths, recipe = train.named_data([f"a={data}", f"b={data}/00.txt"], two)
+    assert recipe == two and paths == {"a": [data], "b": [data / "00.txt"]}
+    for flags in ["a=A"], ["A"], ["a=A:0.3"], ["A", "A/00.txt"]:
+        paths, recipe = train.named_data([flag.replace("A", str(data)) for flag in flags], two)
+        assert mixture(recipe, 0) == mixture(recipe, 9) == {name: 1 for name in paths} and len(paths) == 1
+    for flags in ["a=A", "c=A"], ["a=A:0.5", "b=A"], ["a=A", "b=A", "c=A"]:
+        with pytest.raises(ValueError, match="name the same, or give each a share"):
+            train.named_data([flag.replace("A", str(data)) for flag in flags], two)
+
+
 @pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0"])
 def test_shares_that_are_none_are_refused(mixture):
     with pytest.raises(ValueError, match="shares above 0"):
@@ -453,6 +500,9 @@ def test_tokens_of_another_vocabulary_are_not_taken_for_bytes(trained, tmp_path)
     assert status == 1 and "65024" in err and "257" in err and "--tokenizer" in err
     assert not (tmp_path / "out").exists()
     assert trained(*flags)[0] == 0
+    np.tile(np.array([97, 300, 256], np.uint16), 3000).tofile(tmp_path / "falcon.bin")
+    status, _, err = trained(*flags[:3], tmp_path / "other", *SMALL)
+    assert status == 1 and "token 300" in err and "257" in err and "another tokenizer" in err
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -509,16 +559,18 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(trained, unint
     assert curve(out) == curve(uninterrupted)
 
 
+@pytest.mark.parametrize("every", [3, 1000])       # the next save waits for this one, or the run's end does
 def test_a_checkpoint_that_cannot_be_written_is_a_sentence(trained, uninterrupted, data, tmp_path,
-                                                          monkeypatch):
+                                                          monkeypatch, every):
     out = copy_of(uninterrupted, tmp_path, 9)
     before = checkpoint_files(out, 9)
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train.Writer, "write_data", full)
-    status, _, err = trained("--data", data, "--out", out, *SMALL, "--resume")
+    status, _, err = trained("--data", data, "--out", out, *SMALL, "--resume", "--checkpoint-every", every)
     assert status == 1 and "No space left on device" in err and checkpoint_files(out, 9) == before
+    assert len(curve(out)) == 15 or every == 1000
 
 
 def test_a_loss_that_is_not_finite_is_a_sentence_and_leaves_the_last_checkpoint(
@@ -556,7 +608,7 @@ def test_resuming_unpickles_nothing(uninterrupted, data, tmp_path):
     (["--stages", "5", "--context", "8"], "begin with 0"),
     (["--context", "8,16"], "2 values"),
     (["--mixture", "web"], "name:share"),
-    (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "is not a tokenizer"),
+    (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "cannot read the tokenizer"),
     (["--n-layer", "5000"], "num_hidden_layers"),
     (["--data", "{data}", "--vocab-size", "100"], "has 257 tokens"),
     (["--eval-only", "--out", "nowhere"], "nowhere")])
@@ -647,7 +699,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import mamba, train
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
 with torch.device("meta"):
-    objective = train.Objective(mamba.Mamba(mamba.MambaConfig()))
+    objective = train.Objective(mamba.Mamba(mamba.MambaConfig()), 11)
 train.shard(objective, "cpu", 256, torch.bfloat16)
 tensors = [p.to_local() for p in objective.parameters()]
 print(len(tensors), sum(p.numel() for p in objective.parameters()),
@@ -671,7 +723,7 @@ def test_the_plans_memory_is_what_a_step_takes(layers, kind):
         t = trainer(checkpoint_activations=kind == "with", vocab_size=2000, d_model=256, d_state=16,
                     n_layer=layers)
         for rows in np.random.default_rng(0).integers(0, 2000, (2, 4, 257)):
-            t.loss(rows).backward()
+            t.objective(torch.from_numpy(rows)).backward()
             t.adam.step()
             t.adam.zero_grad()
     moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
