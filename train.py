@@ -94,7 +94,8 @@ class Recipe:
 
     def __post_init__(self):
         if [*self.stages] != sorted({0, *self.stages}):
-            raise ValueError(f"--stages is {self.stages}, but must begin with 0 and rise")
+            raise ValueError(f"--stages is {self.stages}, but must begin with 0 and rise (--total-tokens is "
+                             f"{self.total_tokens})")
         for name, values in {"context": self.context, "mixture": self.mixture}.items():
             if len(values) not in (1, len(self.stages)):
                 raise ValueError(f"--{name} has {len(values)} values, but --stages {len(self.stages)}")
@@ -135,11 +136,13 @@ def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
     text = recipe.mixture[stage(recipe, tokens) % len(recipe.mixture)]
     try:
         shares = {name: float(share) for name, share in (part.split(":") for part in text.split())}
-        if not all(0 <= share < math.inf for share in shares.values()):
+        total = sum(shares.values())
+        if not all(share == 0 or total / 1000 <= share < math.inf for share in shares.values()):
             raise ValueError
-        return {name: share / sum(shares.values()) for name, share in shares.items()}
+        return {name: share / total for name, share in shares.items()}
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"--mixture has {text!r}, but needs name:share, with shares above 0") from None
+        raise ValueError(f"--mixture has {text!r}, but needs name:share, with shares above 0 and none below "
+                         "a thousandth of all") from None
 
 
 def scaled(recipe: Recipe, total: int) -> Recipe:
@@ -203,25 +206,29 @@ def standard_library() -> list[Path]:
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
 
 
-def named_data(texts: list[str], recipe: Recipe) -> tuple[dict[str, list[Path]], Recipe]:
-    """What the --data flags name, and the recipe with the shares that they give."""
+def named_data(texts: list[str], recipe: Recipe, mixed: bool = False) -> tuple[dict[str, list[Path]], Recipe]:
+    """What the --data flags name, and the recipe with the shares that they give, unless --mixture did."""
     paths, shares = defaultdict(list), Counter()
     for text in texts:
         named = re.fullmatch(r"([\w-]+)=(.*?)(?::(\d*\.?\d+))?", text, re.DOTALL)
-        name, path, share = named.groups() if named else ("text", text, None)   # bare paths are one source
+        if Path(text).exists() or not named:    # bare paths are one source
+            name, path, share = "text", text, None
+        else:
+            name, path, share = named.groups()
         if not Path(path).exists():
-            raise ValueError(f"there is no {path}, which --data names")
+            raise ValueError(f"there is no {path}, which --data names; it takes path, name=path or "
+                             "name=path:share")
         paths[name].append(Path(path))
         if share:
             shares[name] += float(share)        # its paths may bring a part each
     paths = paths or {"text": standard_library()}
-    if len(paths) == 1 or shares.keys() == paths.keys():
+    if not mixed and (len(paths) == 1 or shares.keys() == paths.keys()):
         given = " ".join(f"{name}:{shares[name] or 1}" for name in paths)
         return paths, replace(recipe, mixture=(given,))
     wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
     if shares or wanted != paths.keys():
         raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
-                         "name the same, or give each a share as name=path:share")
+                         "name the same, or give each a share as name=path:share and leave out --mixture")
     return paths, recipe
 
 
@@ -231,11 +238,13 @@ def order(n: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(n)
 
 
-def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 2**60) -> Iterator:
-    """Arrays of the files' tokens, END after each file, in an order the seed fixes, until it is enough."""
-    # A path that is a file holds no others. In a folder lie other folders, pipes and dangling links too.
-    files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
-    for i in order(len(files), seed):
+def tokenized(paths: list[Path], tokenizer: Tokenizer, enough: int = 2**60) -> Iterator:
+    """Arrays of the files' tokens, END after each file, in one shuffled order, until it is enough."""
+    # A path that is a file holds no others. In a folder lie other folders, pipes and dangling links too, and
+    # the .bin that --tokenize-to writes there.
+    files = [file for path in paths for file in [path, *sorted(path.rglob("*"))]
+             if file.is_file() and file.suffix not in (".bin", ".partial")]
+    for i in order(len(files), 0):
         try:
             with files[i].open(encoding="utf-8") as file:
                 while lines := file.readlines(2**20):
@@ -249,18 +258,20 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, seed: int, enough: int = 
         yield np.array([tokenizer.token_to_id(END)], np.uint32)
 
 
-def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer, seed: int) -> None:
+def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer) -> None:
     """A corpus as a file of uint16 tokens, which training maps into memory."""
     if (size := sample.vocabulary(tokenizer)) > 2**16:
         raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
     with sample.new_file(path) as file:
-        for part in tokenized(paths, tokenizer, seed):
+        for part in tokenized(paths, tokenizer):
             file.write(part.astype(np.uint16).tobytes())
+        if not file.tell():
+            raise ValueError(f"there is no text in {', '.join(map(str, paths))}")
     print(f"{path}: {path.stat().st_size // 2:,} tokens")
 
 
 class Source:
-    """One corpus: a row of tokens, in memory or mapped from a .bin, the end of which is held out."""
+    """One corpus: a row of tokens, in memory or mapped from a .bin, the beginning of which is held out."""
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer, recipe: Recipe):
         self.bin = next((path for path in paths if path.suffix == ".bin"), None)
@@ -270,14 +281,18 @@ class Source:
                 raise ValueError(f"{name} is {len(paths)} paths, with {self.bin} of {size} bytes; a .bin is "
                                  "a source of its own, with two bytes for each token")
             tokens = np.memmap(self.bin, np.uint16, "r")
-        else:       # more than the run reads, so that the held-out end has many documents
-            enough = recipe.total_tokens + min(15 * recipe.total_tokens, 2**24)
-            tokens = np.concatenate([*tokenized(paths, tokenizer, recipe.seed, enough)] or [np.zeros(0)])
+        else:       # what the run reads, and enough besides for the shuffle
+            enough = recipe.total_tokens + 2**25
+            tokens = np.concatenate([*tokenized(paths, tokenizer, enough)] or [np.zeros(0)])
         self.size = len(tokens)
-        cut = self.size - min(self.size // 20, 2**20)       # held out: a twentieth, at most a million tokens,
-        ends = np.flatnonzero(tokens[cut:-1] == tokenizer.token_to_id(END))
-        cut += int(ends[0]) + 1 if len(ends) else 0         # from the first document that begins there
-        self.parts = {"training": tokens[:cut], "held out": tokens[cut:]}
+        some = tokens[::self.size // 4096 + 1].astype(np.uint32)
+        self.about = f"{self.size} tokens, {hashlib.sha256(some.tobytes()).hexdigest()[:16]}"
+        # Held out are a twentieth, at most a million tokens, and the rest of its last document if it is near.
+        # At the front it is the same for all recipes: what one trains on, no other evaluates.
+        cut = min(self.size // 20, 2**20)
+        ends = np.flatnonzero(tokens[cut:2 * cut] == tokenizer.token_to_id(END))
+        cut += int(ends[0]) + 1 if len(ends) else 0
+        self.parts = {"training": tokens[cut:], "held out": tokens[:cut]}
         for part, found in self.parts.items():
             if len(found) <= max(recipe.context):           # a row needs the token after it too
                 raise ValueError(f"{name} has {len(found)} tokens for the {part} part, too few for --context "
@@ -286,12 +301,12 @@ class Source:
     def rows(self, part: str, length: int) -> int:
         return (len(self.parts[part]) - 1) // length
 
-    def row(self, part: str, i: int, length: int) -> np.ndarray:
+    def row(self, part: str, start: int, length: int) -> np.ndarray:
         """(length + 1,): each token's target is the one after it."""
         # Reading what has gone from a mapped file would kill the process.
         if self.bin and self.bin.stat().st_size // 2 != self.size:
             raise ValueError(f"{self.bin} had {self.size} tokens and now has {self.bin.stat().st_size // 2}")
-        return self.parts[part][i * length:(i + 1) * length + 1]
+        return self.parts[part][start:start + length + 1]
 
 
 def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
@@ -312,13 +327,17 @@ def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
 
 
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). An epoch reads a source's rows once each, shuffled group by group."""
+    """Row i of that step, (l + 1,). An epoch reads a source once, in pieces of the longest context, shuffled
+    group by group, so that a stage of other rows reads what those before it have left. (What is left of a
+    piece that its context does not divide is not read.)"""
     (name, number), length = place(recipe, tokens, i), context_length(recipe, tokens)
-    rows = sources[name].rows("training", length)
-    epoch, k = divmod(number, rows)
+    longest = max(recipe.context)
+    k, j = divmod(number, longest // length)                    # row j of piece k, counted over all epochs
+    pieces = sources[name].rows("training", longest)
+    epoch, k = divmod(k, pieces)
     first = k - k % GROUP
-    shuffled = order(min(GROUP, rows - first), recipe.seed, *name.encode(), epoch, first)
-    return sources[name].row("training", first + shuffled[k - first], length)
+    shuffled = order(min(GROUP, pieces - first), recipe.seed, *name.encode(), epoch, first)
+    return sources[name].row("training", (first + shuffled[k - first]) * longest + j * length, length)
 
 
 # PyTorch has a second "checkpoint", for activations: it keeps only args, and the backward pass runs the
@@ -457,7 +476,7 @@ class Trainer:
         # What a checkpoint and the run that goes on from it must agree on, as JSON gives it back.
         self.settings = json.loads(json.dumps(asdict(recipe) | asdict(model.config) | {
             "vocabulary": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
-            "data": {name: source.size for name, source in sources.items()}}))
+            "data": {name: source.about for name, source in sources.items()}}))
 
     def passes(self, count: int, row: Callable[[int], np.ndarray]) -> tuple[Tensor, ...]:
         """This rank's part of row(0) to row(count - 1), each (l + 1,), as one (b, l + 1) a pass."""
@@ -502,11 +521,12 @@ class Trainer:
         """Source -> its loss in nats per token and in bits per byte, on up to 128 held-out rows."""
         losses = {}
         for name, source in self.sources.items():
-            chosen, nats, size = order(source.rows("held out", length), 0)[:128], 0.0, 0
+            chosen, nats, size = length * order(source.rows("held out", length), 0)[:128], 0.0, 0
             for rows in self.passes(len(chosen), lambda i: source.row("held out", chosen[i], length)):
                 nats += self.objective(rows.to(self.args.device)).item()
                 texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows if row[0] >= 0])
-                size += sum(len(text.encode()) for text in texts)
+                # Each end of a row may cut a character, of which about a byte is left, shown as U+FFFD.
+                size += sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
             nats, size = over_ranks(nats), over_ranks(size)
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
         return losses
@@ -660,12 +680,12 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
 
 
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
-    paths, recipe = named_data(args.data, recipe)
+    paths, recipe = named_data(args.data, recipe, "mixture" in args)
     folder = find(recipe.init_from or args.out) if recipe.init_from or args.eval_only else None
     tokenizer = open_tokenizer(args.tokenizer or (folder and folder / "tokenizer.json"))
     every = sum(paths.values(), [])
     if args.tokenize_to:
-        return tokenize_to(args.tokenize_to, every, tokenizer, recipe.seed)
+        return tokenize_to(args.tokenize_to, every, tokenizer)
     done = [] if args.eval_only else checkpoints(args.out)
     if done and not args.resume:
         raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
@@ -674,6 +694,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     size, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
     if folder:      # mapped from its files: FSDP copies each rank's part out of them
         model = Mamba.from_pretrained(folder)
+        model.config.eos_token_id = end         # the pre-decay file's is not this
     else:
         model = Mamba(MambaConfig(**{"vocab_size": size, "eos_token_id": end} | sizes))
     # A .bin does not say whose numbers it holds. They are taken for bytes only where the model's are.
@@ -757,7 +778,7 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     sizes = {f.name: given[f.name] for f in fields(MambaConfig) if f.name in given}
     if sizes and recipe.init_from:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
-    return args, recipe, SIZES[args.recipe] | sizes
+    return args, recipe, SIZES["continue" if recipe.init_from else args.recipe] | sizes
 
 
 @sample.plainly("train.py", "a smaller --micro-batch")
@@ -773,7 +794,9 @@ def main() -> None:
         args, recipe, sizes = flags(sys.argv[1:])
         if args.plan:
             vocabulary = {"vocab_size": sample.vocabulary(open_tokenizer(args.tokenizer))}
-            return plan(args, recipe, MambaConfig(**vocabulary | sizes))
+            start = Path(recipe.init_from) / "config.json"      # a hub id, which is no path, is of a 7B
+            return plan(args, recipe, MambaConfig.from_json(start) if recipe.init_from and start.exists() else
+                        MambaConfig(**vocabulary | sizes))
         cuda = args.device.type == "cuda"
         if cuda and not (gpu < gpus and dist.is_nccl_available()):
             raise ValueError(f"GPUs need a PyTorch with NCCL, and each process one of the {gpus} here; lower "

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch
     monkeypatch.setattr(train, "GROUP", 2000)        # and 5000 rows: twice so many, and a rest
 
     class Numbers:
-        rows, row = (lambda self, part, length: 5000), (lambda self, part, i, length: i)
+        rows, row = (lambda self, part, length: 5000), (lambda self, part, start, length: start // 256)
     once, again = ([training_row(Recipe(), {"text": Numbers()}, 0, i) for i in range(start, start + 5000)]
                    for start in (0, 5000))
     assert sorted(once) == sorted(again) == [*range(5000)]
@@ -185,6 +186,21 @@ def test_a_run_reads_every_row_of_a_source_once_before_any_twice_and_keeps_the_s
     # In the next stage, with rows twice as long, each source goes on from about where it stopped.
     later = [place(recipe, 650_000, i) for i in range(2000)]
     assert min(before for name, before in later if name == "code") >= 640_000 / 4 / 128 - 1
+
+
+@pytest.mark.parametrize("context", [(64,), (64, 128), (128, 32)])
+def test_a_stage_of_another_context_goes_on_where_the_one_before_stopped(context):
+    class Positions:
+        rows = lambda self, part, length: 999_999 // length
+        row = lambda self, part, start, length: np.arange(start, start + length)
+    recipe = replace(Recipe(), context=context, stages=(0, 512_000)[:len(context)], total_tokens=960_000)
+    seen, tokens = np.zeros(10**6, int), 0
+    while tokens < 960_000:
+        length = context_length(recipe, tokens)
+        seen[training_row(recipe, {"text": Positions()}, tokens, 0)] += 1
+        tokens += length
+    # A deck of a thousand rows that a stage's end leaves half drawn is left so, in the end too.
+    assert (seen == 0).mean() < 0.1 and (seen > 1).mean() < 0.06 and seen.max() <= 2
 
 
 def test_a_batch_is_a_function_of_seed_and_tokens(data):
@@ -217,7 +233,7 @@ def test_a_text_that_names_the_end_token_does_not_end_there(tmp_path):
     (tmp_path / "a.py").write_text("END = '<|endoftext|>'\n")
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     tokenizer = train.open_tokenizer(tmp_path / "tokenizer.json")
-    tokens = np.concatenate([*train.tokenized([tmp_path / "a.py"], tokenizer, 0)])
+    tokens = np.concatenate([*train.tokenized([tmp_path / "a.py"], tokenizer)])
     assert [*np.flatnonzero(tokens == 256)] == [22] == [len(tokens) - 1]
     assert tokenizer.decode(tokens[:-1].tolist()) == "END = '<|endoftext|>'\n"
     assert tokenizer.to_str() == byte_tokenizer().to_str()      # what a run saves
@@ -226,8 +242,36 @@ def test_a_text_that_names_the_end_token_does_not_end_there(tmp_path):
 def test_held_out_documents_are_not_trained_on(data):
     source = Source("text", [data], byte_tokenizer(), train.scaled(Recipe(), 10**6))
     training, held_out = source.parts["training"], source.parts["held out"]
-    assert training[-1] == 256 and 0 < len(held_out) <= source.size // 20
+    assert held_out[-1] == 256 and source.size // 20 <= len(held_out) <= source.size // 10
     assert len(training) + len(held_out) == source.size
+    # and no other recipe sees them in another place
+    for other in (train.scaled(Recipe(), 1000), replace(Recipe(), seed=5, context=(64,), stages=(0,))):
+        assert np.array_equal(Source("text", [data], byte_tokenizer(), other).parts["held out"], held_out)
+
+
+def test_of_a_corpus_larger_than_the_run_the_same_part_is_held_out(monkeypatch):
+    parts = [np.full(2**20, i, np.uint32) for i in range(48)]
+    seen = []
+
+    def tokenized(paths, tokenizer, enough=2**60):
+        for part in parts[:enough // 2**20 + 1]:
+            seen.append(enough)
+            yield part
+    monkeypatch.setattr(train, "tokenized", tokenized)
+    held_out = [Source("text", [Path("a")], byte_tokenizer(), train.scaled(Recipe(), total)).parts["held out"]
+                for total in (10**6, 10**7)]
+    assert len({*seen}) == 2 and np.array_equal(*held_out) and len(held_out[0]) == 2**20
+
+
+def test_a_corpus_beside_its_own_file_of_tokens_is_read_without_it(trained, data, tmp_path):
+    shutil.copytree(data, tmp_path / "text")
+    sizes = []
+    for name in ("text/a.bin", "text/b.bin", "c.bin"):
+        assert trained("--data", tmp_path / "text", "--tokenize-to", tmp_path / name)[0] == 0
+        sizes.append((tmp_path / name).stat().st_size)
+    assert sizes[0] == sizes[1] == sizes[2] > 1000
+    status, _, err = trained("--data", tmp_path / "c.bin", "--tokenize-to", tmp_path / "d.bin")
+    assert status == 1 and "no text in" in err and not (tmp_path / "d.bin").exists()
 
 
 def test_a_file_of_tokens_trains_as_its_text_does(trained, data, tmp_path):
@@ -316,7 +360,7 @@ for last in (False, False, True):
     arrived.append(sum(p.grad is not None for p in model.parameters()))
 mamba.selective_scan = scan
 class Tokens:
-    size, rows = 100, lambda self, part, length: 9
+    about, rows = "100 tokens", lambda self, part, length: 9
     row = lambda self, part, i, length: torch.arange(length + 1).numpy() % 50
 options = argparse.Namespace(device=torch.device("cpu"), micro_batch=2, checkpoint_activations=False,
                              compile=False, eval_only=False)
@@ -448,7 +492,6 @@ def test_a_complete_checkpoint_means_a_written_model(trained, data, tmp_path, mo
 
 def copy_of(run, tmp_path, step):
     """That run's folder as it was when this checkpoint was the last."""
-    import shutil
     shutil.copytree(run, tmp_path / "copy")
     for folder in (tmp_path / "copy" / "checkpoints").iterdir():
         if int(folder.name[5:]) > step:
@@ -474,7 +517,21 @@ def test_data_without_shares_takes_the_recipes_and_a_single_source_needs_none(da
             train.named_data([flag.replace("A", str(data)) for flag in flags], two)
 
 
-@pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0"])
+def test_shares_given_twice_are_refused_and_a_mixture_of_other_sources_too(trained, data, tmp_path):
+    flags = "--out", tmp_path / "out", *SMALL
+    for given in [f"code={data}:1", "--data", f"prose={data}:1", "--mixture", "code:1 prose:1"], \
+                 [data, "--mixture", "nonsense:1"]:
+        status, _, err = trained("--data", *given, *flags)
+        assert status == 1 and "--mixture" in err and not (tmp_path / "out").exists()
+
+
+def test_a_path_that_looks_like_a_name_and_a_share_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b:0.5").write_text("text")
+    assert train.named_data(["a=b:0.5"], Recipe())[0] == {"text": [Path("a=b:0.5")]}
+
+
+@pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0", "text:1 code:0.0005"])
 def test_shares_that_are_none_are_refused(mixture):
     with pytest.raises(ValueError, match="shares above 0"):
         Recipe(mixture=(mixture,))
@@ -486,10 +543,27 @@ def test_a_plan_is_of_the_model_that_the_command_would_train(trained, tmp_path):
     assert status == 0 and f"({flops:.3g} a token)" in out
 
 
+def test_a_plan_of_a_model_to_start_from_is_of_its_sizes(trained, tmp_path):
+    Mamba(MambaConfig(vocab_size=300, d_model=16, n_layer=1)).save_pretrained(tmp_path / "small")
+    for start, config in [(tmp_path / "small", MambaConfig(vocab_size=300, d_model=16, n_layer=1)),
+                          ("tiiuae/falcon-mamba-7b", MambaConfig())]:
+        status, out, _ = trained("--plan", "--out", tmp_path, "--init-from", start)
+        assert status == 0 and f"({flops_per_token(config):.3g} a token)" in out
+
+
+def test_bits_are_counted_per_byte_of_characters_that_have_several(tmp_path):
+    (tmp_path / "text").write_text("日本語のテキスト" * 600)
+    t = trainer(vocab_size=257)
+    source = Source("text", [tmp_path / "text"], t.tokenizer, replace(Recipe(), context=(32,)))
+    t.sources = {"text": source}
+    nats, bits = t.held_out(32)["text"]
+    assert bits == pytest.approx(nats / math.log(2), rel=0.03)      # a byte a token
+
+
 def test_what_follows_a_file_that_is_no_text_is_another_document(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"text, then none: " + 2**20 * b"x" + b"\n\xff")
     tokenizer = byte_tokenizer()
-    parts = [*train.tokenized([tmp_path], tokenizer, 0)]
+    parts = [*train.tokenized([tmp_path], tokenizer)]
     assert parts[-1].tolist() == [256] and "a.txt" in capsys.readouterr().err
 
 
@@ -529,6 +603,11 @@ def test_resuming_with_another_vocabulary_or_corpus_is_refused(trained, uninterr
     (tmp_path / "other.txt").write_text("another corpus\n" * 900)
     status, _, err = trained("--data", tmp_path / "other.txt", *flags)
     assert status == 1 and "data" in err and "text" in err
+    shutil.copytree(data, tmp_path / "same size")
+    for path in (tmp_path / "same size").iterdir():
+        path.write_text(path.read_text().swapcase())
+    status, _, err = trained("--data", tmp_path / "same size", *flags)
+    assert status == 1 and "data" in err and "tokens" in err
     status, _, err = trained("--data", data, "--out", uninterrupted, *SMALL)
     assert status == 1 and "--resume" in err            # and a new run does not overwrite it
 
