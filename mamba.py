@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ class MambaConfig:
     n_layer: int = 64
     d_state: int = 16
     d_conv: int = 4
-    d_inner: int = None                 # 2 d_model unless given
+    d_inner: int = None                 # expand x d_model unless given
     dt_rank: int = None                 # d_model / 16, rounded up, unless given
     norm_eps: float = 1e-5              # in the RMSNorms of the residual stream
     mixer_norm_eps: float = 1e-6        # in the RMSNorms of dt, B and C
@@ -67,47 +67,36 @@ class MambaConfig:
     bos_token_id: int = 0               # never put before a text
     eos_token_id: int = 11
     pad_token_id: int = 0
+    expand: InitVar[int] = 2            # not kept: both 7B files say 16, beside the right d_inner
 
-    def __post_init__(self):
+    def __post_init__(self, expand):
         for f in fields(self):      # in order: d_model has been checked when these two are made from it
             if f.name == "d_inner" and self.d_inner is None:
-                self.d_inner = 2 * self.d_model
+                self.d_inner = expand * self.d_model if type(expand) is int else expand
             if f.name == "dt_rank" and self.dt_rank is None:
                 self.dt_rank = -(-self.d_model // 16)
-            value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
-            if f.type is bool:
-                fits, kind = type(value) is bool, "true or false"
-            elif f.type is float:
-                fits, kind = type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"
-            else:               # limits far beyond any model: a broken file shall not ask for all memory
-                low, high = 1, 2**10 if f.name == "n_layer" else 2**20
-                if name.endswith("_id"):
-                    low, high = 0, 2**31
-                fits, kind = type(value) is int and low <= value <= high, f"a whole number, {low} to {high}"
-            if not fits:
-                raise CheckpointError(f"{name} is {value!r:.50}, but must be {kind}")
+            value, low = getattr(self, f.name), 0 if f.name.endswith("_id") else 1
+            high = 2**10 if f.name == "n_layer" else 2**20      # a broken file shall not ask for all memory
+            low, high = {bool: (False, True), float: (1e-30, 1), int: (low, high)}[f.type]
+            if type(value) is not f.type or not low <= value <= high:
+                raise CheckpointError(f"{PUBLISHED.get(f.name, f.name)} is {value!r:.50}, but must be "
+                                      f"{f.type.__name__} from {low} to {high}")
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":
         """Read a published config.json; CheckpointError if missing, broken, or another architecture's."""
-        raw = read_json(path)
-        for name, found, ours in [("model_type", raw.get("model_type"), "falcon_mamba"),
-                                  ("hidden_act", raw.get("hidden_act", "silu"), "silu")]:
-            if found != ours:
-                raise CheckpointError(f"{path} has {name} {found!r:.50}, but only {ours!r} is Falcon-Mamba's")
-        config = {f.name: raw.get(PUBLISHED.get(f.name, f.name)) for f in fields(cls)}
-        config = {name: value for name, value in config.items() if value is not None}
+        raw = {"hidden_act": "silu", "tie_word_embeddings": True} | read_json(path)    # as the reference does
+        for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
+            if raw.get(name) != ours:
+                raise CheckpointError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
+        names = [f.name for f in fields(cls)] + ["expand"]
+        config = {name: raw.get(PUBLISHED.get(name, name)) for name in names}
+        config = {name: value for name, value in config.items() if value not in (None, "auto")}
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
-        # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, 2 x 4096: the size is right.
-        if "d_inner" not in config and "expand" in raw:         # a newer file; refused below if not a number
-            whole = type(raw["expand"]) is type(config["d_model"]) is int
-            config["d_inner"] = raw["expand"] * config["d_model"] if whole else raw["expand"]
-        if config.get("dt_rank") == "auto":
-            del config["dt_rank"]
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
             config["eos_token_id"] = config["eos_token_id"][0]
-        return cls(**{"tie_embeddings": True} | config)        # absent, the reference ties them
+        return cls(**config)
 
     def to_json(self, path: Path) -> None:
         """Write what transformers reads as a FalconMambaConfig."""
@@ -123,12 +112,9 @@ class State(NamedTuple):
     ssm: list[Tensor]       # a layer: (b, d, n), the scan's h; fp32, as bf16 loses what is small beside it
 
 
-def rms_norm(v: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """v over its root mean square along the last dimension, times weight, in fp32 whatever their dtypes."""
-    return F.rms_norm(v.float(), v.shape[-1:], None if weight is None else weight.float(), eps)
-
-
 class RMSNorm(nn.Module):
+    """The stream over its root mean square, times a weight; in fp32, whatever the weight's dtype."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -136,7 +122,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, stream):
         # Rounded once, here; the reference rounds before it multiplies by the weight, too.
-        return rms_norm(stream, self.eps, self.weight).to(self.weight.dtype)
+        return F.rms_norm(stream, stream.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class Mixer(nn.Module):
@@ -150,8 +136,9 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
         self.dt_proj = nn.Linear(r, d)
-        self.A_log = nn.Parameter(torch.empty(d, n))    # A = -exp(A_log) < 0, however training moves it
-        self.D = nn.Parameter(torch.empty(d))
+        # A = -exp(A_log) < 0, however training moves it. At first -1 to -n: n numbers that fade at n speeds.
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(d, 1))
+        self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, stream, past, h0, reset):
@@ -197,7 +184,7 @@ class Mixer(nn.Module):
         In evaluation the reference normalises dt here too, in its fused training kernel after dt_proj.
         """
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        dt, B, C = (rms_norm(v, self.eps) for v in (dt, B, C))              # (b, l, r), (b, l, n), (b, l, n)
+        dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))      # the same
         weight = self.dt_proj.weight.to(x.dtype)    # training keeps it in fp32 beside bf16 activations
         return F.linear(dt.to(x.dtype), weight), B, C                       # (b, l, d), (b, l, n), (b, l, n)
 
@@ -350,24 +337,19 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Fresh weights as the reference draws them: states that fade at n speeds, steps from 0.001 to 0.1."""
-    config = model.config
+    """Fresh weights as the reference draws them, where they are not made so already; steps of 0.001 to 0.1."""
     for name, p in model.named_parameters():
-        if name.endswith("A_log"):
-            p.copy_(torch.arange(1.0, config.d_state + 1).log().expand_as(p))
-        elif name.endswith("dt_proj.bias"):
+        if name.endswith("dt_proj.bias"):
             step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
             p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
         elif name.endswith("dt_proj.weight"):
-            nn.init.uniform_(p, -config.dt_rank**-0.5, config.dt_rank**-0.5)
+            nn.init.uniform_(p, -p.shape[1]**-0.5, p.shape[1]**-0.5)
         elif name.endswith(("conv1d.weight", "out_proj.weight")):
             nn.init.kaiming_uniform_(p, a=math.sqrt(5))                 # as PyTorch does by default
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
-        elif p.dim() == 2:      # in_proj, x_proj, the embeddings and lm_head
-            nn.init.normal_(p, std=config.initializer_range)
-        else:                   # D and the norms
-            nn.init.ones_(p)
+        elif name.endswith(("in_proj.weight", "x_proj.weight", "embeddings.weight", "lm_head.weight")):
+            nn.init.normal_(p, std=model.config.initializer_range)
 
 
 def read_json(path: Path) -> dict:
