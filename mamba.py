@@ -89,9 +89,8 @@ class MambaConfig:
         for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
             if raw.get(name) != ours:
                 raise CheckpointError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
-        names = [f.name for f in fields(cls)] + ["expand"]
-        config = {name: raw.get(PUBLISHED.get(name, name)) for name in names}
-        config = {name: value for name, value in config.items() if value not in (None, "auto")}
+        names = {PUBLISHED.get(f.name, f.name): f.name for f in fields(cls)} | {"expand": "expand"}
+        config = {names[k]: v for k, v in raw.items() if k in names and v not in (None, "auto")}
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
@@ -113,8 +112,6 @@ class State(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """The stream over its root mean square, times a weight; in fp32, whatever the weight's dtype."""
-
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -165,8 +162,7 @@ class Mixer(nn.Module):
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
         if l == 1 and reset is None:                                        # the loop below, in one product
-            y = bias + (window * weight).sum(1, keepdim=True)               # (b, 1, d)
-            return F.silu(y).to(x.dtype), past
+            return F.silu(bias + (window * weight).sum(1, keepdim=True)).to(x.dtype), past
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)      # of former documents
@@ -237,14 +233,11 @@ class Mamba(nn.Module):
         Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
         # On a CPU oneDNN multiplies bf16 matrices fast, but for a single row it reads weights half as fast as
-        # PyTorch's own product.
-        mkldnn, before = torch.backends.mkldnn, torch.backends.mkldnn.enabled
-        mkldnn.enabled = before and tokens.numel() > 1
-        try:
+        # PyTorch's own product. Its three other settings stay as they are.
+        mkldnn = torch.backends.mkldnn
+        with mkldnn.flags(mkldnn.enabled and tokens.numel() > 1, None, None, None):
             x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
             return self.lm_head(x[:, -1:] if last_only else x).float(), state
-        finally:
-            mkldnn.enabled = before
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
@@ -268,31 +261,27 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                         # shapes without memory
             model = cls(config).eval()
-        wanted, stored = dict(model.named_parameters()), read_tensors(folder)
+        stored, wanted = read_tensors(folder), dict(model.named_parameters())
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
-        has, needs = ({name: [*t.shape] for name, t in tensors.items()} for tensors in (stored, wanted))
+        plain = torch.float64, torch.float32, torch.float16, torch.bfloat16
+        has, needs = ({name: [*t.shape] + [t.dtype] * (t.dtype not in plain) for name, t in tensors.items()}
+                      for tensors in (stored, wanted))
         wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
                  for name in needs | has if has.get(name) != needs.get(name)]
-        wrong += [f"{name!r:.80} in {t.dtype}, which is no plain float" for name, t in stored.items()
-                  if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
         if wrong:
-            more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
-            raise CheckpointError(f"the tensors of {folder} do not fit its config.json: "
-                                  f"{', '.join(wrong[:4])}{more}")
+            raise CheckpointError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
+                                  f"{', '.join(wrong[:4])}{', ...' * (len(wrong) > 4)}")
         dtype = dtype or stored["backbone.embeddings.weight"].dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
-        for name in wanted:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
+        for name in needs:
+            exact = name.endswith(("A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"))
             # `replace` is used where memory is short: once copied, a tensor's part of the mapped file can go.
             value = stored.pop(name).to(device, torch.float32 if exact else dtype, copy=replace is not None)
-            setattr(module, leaf, nn.Parameter(value))
-            if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
-                model.set_submodule(path, replace(module))
-        if config.tie_embeddings:
-            model.lm_head.weight = model.backbone.embeddings.weight
+            torch.utils.swap_tensors(model.get_parameter(name), nn.Parameter(value))    # wherever it is tied
+            path = name.removesuffix(".weight")
+            if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
+                model.set_submodule(path, replace(model.get_submodule(path)))
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -309,21 +298,20 @@ class Mamba(nn.Module):
             kept.mkdir(parents=True)
             self.config.to_json(new / "config.json")
             huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
-            files = sorted(path.name for path in new.glob("model*"))
-            for name in files:
-                shutil.copymode(new / "config.json", new / name)        # safetensors hides it from others
-                with open(new / name, "rb+") as file:
+            for path in new.glob("model*"):
+                shutil.copymode(new / "config.json", path)              # safetensors hides it from others
+                with open(path, "rb+") as file:
                     os.fsync(file.fileno())                # on the disk before it replaces another
             # All is written, but several files cannot change in one move. The old ones go aside, config.json
             # first, and the new ones come, config.json last: in between nothing here passes for a checkpoint.
             # If a move fails, those before it are undone.
-            old = [name for name in ["config.json"] if (folder / name).exists()]
-            old += sorted(path.name for path in folder.glob("model*.safetensors*"))
-            moves = [(folder / name, kept / name) for name in old]
-            moves += [(new / name, folder / name) for name in [*files, "config.json"]]
-            if old == ["config.json", *files] and len(files) == 1 and (
+            before, after = ([path.name for part in ("config.json", "model*.safetensors*")
+                              for path in place.glob(part)] for place in (folder, new))
+            moves = [(folder / name, kept / name) for name in before]
+            moves += [(new / name, folder / name) for name in reversed(after)]
+            if before == after == ["config.json", "model.safetensors"] and (
                     (new / "config.json").read_bytes() == (folder / "config.json").read_bytes()):
-                moves = [(new / files[0], folder / files[0])]           # only the weights are new
+                moves = [(new / "model.safetensors", folder / "model.safetensors")]     # all that is new
             with ExitStack() as undo:
                 for source, target in moves:
                     os.replace(source, target)
@@ -342,9 +330,7 @@ def initialize(model: Mamba) -> None:
         if name.endswith("dt_proj.bias"):
             step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
             p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
-        elif name.endswith("dt_proj.weight"):
-            nn.init.uniform_(p, -p.shape[1]**-0.5, p.shape[1]**-0.5)
-        elif name.endswith(("conv1d.weight", "out_proj.weight")):
+        elif name.endswith(("conv1d.weight", "dt_proj.weight", "out_proj.weight")):
             nn.init.kaiming_uniform_(p, a=math.sqrt(5))                 # as PyTorch does by default
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
@@ -355,30 +341,25 @@ def initialize(model: Mamba) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; CheckpointError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+    except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
+        raise CheckpointError(f"{path} holds no JSON object: {e}") from e
 
 
 def find(source: str | Path) -> Path:
     """The folder of that name or, failing one, the local copy of the hub's repository of that name."""
-    folder = Path(os.path.expanduser(source))     # leaves a ~ that it does not know as it is
+    name, folder = str(source), Path(os.path.expanduser(source))    # leaves a ~ that it does not know
     if os.path.isdir(folder):
         return folder
-    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise CheckpointError(f"{str(source)!r:.200} is not a folder; `python train.py` makes one called out")
+    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise CheckpointError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
     try:
-        wanted = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
-        raise CheckpointError(f"{source} is not a folder here and could not be downloaded "
-                              f"({' '.join(str(e).split())[:200]}); without a network, `python train.py` "
-                              "makes a small model and `--model out` uses it") from e
+        raise CheckpointError(f"{name} is no folder here, and not downloaded: {' '.join(str(e).split())[:200]}; "
+                              "without a network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -391,7 +372,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map from tensors to files")
-        names = list(dict.fromkeys(map(str, weight_map.values())))
+        names = sorted({*map(str, weight_map.values())})
     tensors = {}
     for name in names:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
@@ -409,14 +390,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 if __name__ == "__main__":
     with torch.device("meta"):
         model = Mamba(MambaConfig())
-    layers = model.config.n_layer
-    print(f"{'tensor':42}{'shape':>16}{'parameters':>16}{'bytes in bf16':>18}")
+    print(f"{'tensor':42}{'times':>6}{'shape':>16}{'parameters':>18}{'bytes in bf16':>18}")
     for name, p in model.named_parameters():
-        if ".layers." not in name or ".layers.0." in name:
-            shape, count = " x ".join(map(str, p.shape)), p.numel()
-            print(f"{name:42}{shape:>16}{count:16,}{2 * count:18,}")
-        elif name == "backbone.layers.1.norm.weight":
-            count = (layers - 1) * sum(p.numel() for p in model.backbone.layers[0].parameters())
-            print(f"{f'  and so on, layers 1 to {layers - 1}':58}{count:16,}{2 * count:18,}")
+        if not re.search(r"layers\.[1-9]", name):       # all layers have what the first one has
+            times, shape = model.config.n_layer if "layers.0" in name else 1, " x ".join(map(str, p.shape))
+            print(f"{name:42}{times:6}{shape:>16}{times * p.numel():18,}{2 * times * p.numel():18,}")
     count = sum(p.numel() for p in model.parameters())
     print(f"{2 * count:,} bytes in {len([*model.parameters()])} tensors; parameters: {count:,}")

@@ -332,7 +332,7 @@ def test_a_model_of_other_sizes_than_its_config_is_a_sentence_with_the_number_of
     edit(folder, state_size=5)
     fault(folder, "[16, 3]", "[16, 5]")
     edit(folder, state_size=3, num_hidden_layers=200)
-    fault(folder, "more faults")
+    fault(folder, "1980 tensors")       # ten of each of the 198 layers that are not there
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
