@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from scan import selective_scan
@@ -175,12 +174,10 @@ class Mixer(nn.Module):
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
-        """dt, B and C of each token. The three weightless norms, all that is new in Falcon-Mamba, are here.
-
-        In evaluation the reference normalises dt here too, in its fused training kernel after dt_proj.
-        """
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))      # the same
+        """dt, B and C of each token. All that is new in Falcon-Mamba, three weightless norms, is here."""
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)                 # (b, l, r), (b, l, n), (b, l, n)
+        # The reference in evaluation, too; its fused kernel for training normalises dt after dt_proj.
+        dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
         weight = self.dt_proj.weight.to(x.dtype)    # training keeps it in fp32 beside bf16 activations
         return F.linear(dt.to(x.dtype), weight), B, C                       # (b, l, d), (b, l, n), (b, l, n)
 
@@ -261,23 +258,22 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                         # shapes without memory
             model = cls(config).eval()
-        stored, wanted = read_tensors(folder), dict(model.named_parameters())
+        stored = read_tensors(folder)
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
         plain = torch.float64, torch.float32, torch.float16, torch.bfloat16
         has, needs = ({name: [*t.shape] + [t.dtype] * (t.dtype not in plain) for name, t in tensors.items()}
-                      for tensors in (stored, wanted))
+                      for tensors in (stored, dict(model.named_parameters())))
         wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
                  for name in needs | has if has.get(name) != needs.get(name)]
         if wrong:
             raise CheckpointError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
-                                  f"{', '.join(wrong[:4])}{', ...' * (len(wrong) > 4)}")
+                                  f"{', '.join(wrong[:4])}")
         dtype = dtype or stored["backbone.embeddings.weight"].dtype
-        dtype = torch.float32 if dtype == torch.float64 else dtype
         for name in needs:
-            exact = name.endswith(("A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"))
+            fp32 = dtype == torch.float64 or "conv1d" in name or name.endswith(("A_log", "D", "dt_proj.bias"))
             # `replace` is used where memory is short: once copied, a tensor's part of the mapped file can go.
-            value = stored.pop(name).to(device, torch.float32 if exact else dtype, copy=replace is not None)
+            value = stored.pop(name).to(device, torch.float32 if fp32 else dtype, copy=replace is not None)
             torch.utils.swap_tensors(model.get_parameter(name), nn.Parameter(value))    # wherever it is tied
             path = name.removesuffix(".weight")
             if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
@@ -311,13 +307,13 @@ class Mamba(nn.Module):
             moves += [(new / name, folder / name) for name in reversed(after)]
             if before == after == ["config.json", "model.safetensors"] and (
                     (new / "config.json").read_bytes() == (folder / "config.json").read_bytes()):
-                moves = [(new / "model.safetensors", folder / "model.safetensors")]     # all that is new
+                moves = moves[2:3]                         # only the weights are new: one move is enough
             with ExitStack() as undo:
                 for source, target in moves:
                     os.replace(source, target)
                     undo.callback(os.replace, target, source)
                 undo.pop_all()                             # all went well: forget how to undo it
-        except (OSError, SafetensorError) as e:
+        except (OSError, safetensors.SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -325,7 +321,7 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Fresh weights as the reference draws them, where they are not made so already; steps of 0.001 to 0.1."""
+    """Fresh weights as the reference draws them, where they are not made so. Steps: from 0.001 to 0.1."""
     for name, p in model.named_parameters():
         if name.endswith("dt_proj.bias"):
             step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -342,10 +338,8 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; CheckpointError if there is none."""
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
     except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
-        raise CheckpointError(f"{path} holds no JSON object: {e}") from e
+        raise CheckpointError(f"{path.parent} is no checkpoint: no JSON object in {path.name} ({e})") from e
 
 
 def find(source: str | Path) -> Path:
@@ -358,29 +352,25 @@ def find(source: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
-        raise CheckpointError(f"{name} is no folder here, and not downloaded: {' '.join(str(e).split())[:200]}; "
+        raise CheckpointError(f"{name} is no folder here, nor downloaded ({' '.join(str(e).split())[:200]}); "
                               "without a network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors in the folder's safetensors, one file or several with an index; on disk until used."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / names[0]).exists():
-        if not index.exists():
-            raise CheckpointError(f"{folder} has neither {names[0]} nor {index.name}; "
-                                  "pickled weights are not read, as loading them can run any code")
+    if index.exists() and not (folder / names[0]).exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files")
-        names = sorted({*map(str, weight_map.values())})
+        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
     tensors = {}
-    for name in names:
+    for name in sorted({*map(str, names)}):
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
+            raise CheckpointError(f"{index} has a weight_map to {name!r:.80}, no safetensors file beside it")
         try:
-            more = load_file(folder / name)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{folder / name} is not a whole safetensors file: {str(e)!r:.300}") from e
+            more = safetensors.torch.load_file(folder / name)
+        except (OSError, safetensors.SafetensorError) as e:
+            raise CheckpointError(f"{folder / name} is not a whole safetensors file, and pickled weights are not "
+                                  f"read, as they can run any code: {str(e)!r:.300}") from e
         if twice := tensors.keys() & more.keys():
             raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
         tensors |= more
