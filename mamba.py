@@ -369,8 +369,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             more = safetensors.torch.load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as e:
-            raise CheckpointError(f"{folder / name} is not a whole safetensors file, and pickled weights are not "
-                                  f"read, as they can run any code: {str(e)!r:.300}") from e
+            raise CheckpointError(f"{folder / name} is not a whole safetensors file ({str(e)!r:.300}); "
+                                  "pickled weights are not read, as they can run any code") from e
         if twice := tensors.keys() & more.keys():
             raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
         tensors |= more

@@ -165,11 +165,12 @@ class Chunked(torch.autograd.Function):
         A, h, y, starts = A.T.contiguous(), h.mT.contiguous(), torch.empty_like(x), []
         # Two buffers (b, c, n, d) serve every chunk, as memory from the system is slow to touch first.
         size = chunk_steps(len(h))
-        buffers = h.new_empty(2, len(h), size, *h.shape[1:])
+        buffers = [h.new_empty(len(h), size, *h.shape[1:]) for _ in range(2)]
         for t in range(0, x.shape[1], size):
             now = slice(t, t + size)
-            x_, dt_, B_, C_, z_, reset_ = (v if v is None else v[:, now] for v in (x, dt, B, C, z, reset))
-            decay, hs = buffers[:, :, :x_.shape[1]]
+            x_, dt_, B_, C_, z_, reset_ = (v if v is None else v[:, now].contiguous()
+                                           for v in (x, dt, B, C, z, reset))
+            decay, hs = (v[:, :x_.shape[1]] for v in buffers)
             starts.append(h)
             y_ = run_chunk(decay, hs, x_, F.softplus(dt_ + dt_bias), A, B_, C_, h, reset_)
             y[:, now] = gated(y_, x_, D, z_)
@@ -184,12 +185,13 @@ class Chunked(torch.autograd.Function):
         dx, d_dt, dB, dC, dz = (v if v is None else torch.empty_like(v) for v in (x, dt, B, C, z))
         dA, dD, dh = torch.zeros_like(A), torch.zeros_like(D), dh.mT.contiguous()
         size = chunk_steps(len(dh))
-        buffers = dh.new_empty(3, len(dh), size, *dh.shape[1:])
+        buffers = [dh.new_empty(len(dh), size, *dh.shape[1:]) for _ in range(3)]
         for i, h in reversed([*enumerate(starts)]):
             now = slice(i * size, (i + 1) * size)
-            x_, dt_, B_, C_, z_, reset_ = (v if v is None else v[:, now] for v in (x, dt, B, C, z, reset))
-            delta_, g_, c = F.softplus(dt_ + dt_bias), dy[:, now], x_.shape[1]
-            decay, hs, dhs = buffers[:, :, :c]
+            x_, dt_, B_, C_, z_, reset_ = (v if v is None else v[:, now].contiguous()
+                                           for v in (x, dt, B, C, z, reset))
+            delta_, g_, c = F.softplus(dt_ + dt_bias), dy[:, now].contiguous(), x_.shape[1]
+            decay, hs, dhs = (v[:, :c] for v in buffers)
             y_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, h, reset_)
             if z is not None:
                 y_, gate = torch.addcmul(y_, D, x_), z_.sigmoid()    # SiLU(z) = z gate
