@@ -23,16 +23,15 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from scan import selective_scan
@@ -56,7 +55,7 @@ class MambaConfig:
     n_layer: int = 64
     d_state: int = 16
     d_conv: int = 4
-    d_inner: int = None                 # 2 d_model unless given
+    d_inner: int = None                 # expand x d_model unless given
     dt_rank: int = None                 # d_model / 16, rounded up, unless given
     norm_eps: float = 1e-5              # in the RMSNorms of the residual stream
     mixer_norm_eps: float = 1e-6        # in the RMSNorms of dt, B and C
@@ -67,47 +66,35 @@ class MambaConfig:
     bos_token_id: int = 0               # never put before a text
     eos_token_id: int = 11
     pad_token_id: int = 0
+    expand: InitVar[int] = 2            # not kept: both 7B files say 16, beside the right d_inner
 
-    def __post_init__(self):
+    def __post_init__(self, expand):
         for f in fields(self):      # in order: d_model has been checked when these two are made from it
             if f.name == "d_inner" and self.d_inner is None:
-                self.d_inner = 2 * self.d_model
+                self.d_inner = expand * self.d_model if type(expand) is int else expand
             if f.name == "dt_rank" and self.dt_rank is None:
                 self.dt_rank = -(-self.d_model // 16)
-            value, name = getattr(self, f.name), PUBLISHED.get(f.name, f.name)
-            if f.type is bool:
-                fits, kind = type(value) is bool, "true or false"
-            elif f.type is float:
-                fits, kind = type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"
-            else:               # limits far beyond any model: a broken file shall not ask for all memory
-                low, high = 1, 2**10 if f.name == "n_layer" else 2**20
-                if name.endswith("_id"):
-                    low, high = 0, 2**31
-                fits, kind = type(value) is int and low <= value <= high, f"a whole number, {low} to {high}"
-            if not fits:
-                raise CheckpointError(f"{name} is {value!r:.50}, but must be {kind}")
+            value, low = getattr(self, f.name), 0 if f.name.endswith("_id") else 1
+            high = 2**10 if f.name == "n_layer" else 2**20      # a broken file shall not ask for all memory
+            low, high = {bool: (False, True), float: (1e-30, 1), int: (low, high)}[f.type]
+            if type(value) is not f.type or not low <= value <= high:
+                raise CheckpointError(f"{PUBLISHED.get(f.name, f.name)} is {value!r:.50}, but must be "
+                                      f"{f.type.__name__} from {low} to {high}")
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":
         """Read a published config.json; CheckpointError if missing, broken, or another architecture's."""
-        raw = read_json(path)
-        for name, found, ours in [("model_type", raw.get("model_type"), "falcon_mamba"),
-                                  ("hidden_act", raw.get("hidden_act", "silu"), "silu")]:
-            if found != ours:
-                raise CheckpointError(f"{path} has {name} {found!r:.50}, but only {ours!r} is Falcon-Mamba's")
-        config = {f.name: raw.get(PUBLISHED.get(f.name, f.name)) for f in fields(cls)}
-        config = {name: value for name, value in config.items() if value is not None}
+        raw = {"hidden_act": "silu", "tie_word_embeddings": True} | read_json(path)    # as the reference does
+        for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
+            if raw.get(name) != ours:
+                raise CheckpointError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
+        names = {PUBLISHED.get(f.name, f.name): f.name for f in fields(cls)} | {"expand": "expand"}
+        config = {names[k]: v for k, v in raw.items() if k in names and v not in (None, "auto")}
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
-        # Both 7B files carry `expand: 16` beside `intermediate_size: 8192`, 2 x 4096: the size is right.
-        if "d_inner" not in config and "expand" in raw:         # a newer file; refused below if not a number
-            whole = type(raw["expand"]) is type(config["d_model"]) is int
-            config["d_inner"] = raw["expand"] * config["d_model"] if whole else raw["expand"]
-        if config.get("dt_rank") == "auto":
-            del config["dt_rank"]
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
             config["eos_token_id"] = config["eos_token_id"][0]
-        return cls(**{"tie_embeddings": True} | config)        # absent, the reference ties them
+        return cls(**config)
 
     def to_json(self, path: Path) -> None:
         """Write what transformers reads as a FalconMambaConfig."""
@@ -123,11 +110,6 @@ class State(NamedTuple):
     ssm: list[Tensor]       # a layer: (b, d, n), the scan's h; fp32, as bf16 loses what is small beside it
 
 
-def rms_norm(v: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """v over its root mean square along the last dimension, times weight, in fp32 whatever their dtypes."""
-    return F.rms_norm(v.float(), v.shape[-1:], None if weight is None else weight.float(), eps)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -136,7 +118,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, stream):
         # Rounded once, here; the reference rounds before it multiplies by the weight, too.
-        return rms_norm(stream, self.eps, self.weight).to(self.weight.dtype)
+        return F.rms_norm(stream, stream.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class Mixer(nn.Module):
@@ -150,8 +132,9 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
         self.dt_proj = nn.Linear(r, d)
-        self.A_log = nn.Parameter(torch.empty(d, n))    # A = -exp(A_log) < 0, however training moves it
-        self.D = nn.Parameter(torch.empty(d))
+        # A = -exp(A_log) < 0, however training moves it. At first -1 to -n: n numbers that fade at n speeds.
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(d, 1))
+        self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, stream, past, h0, reset):
@@ -178,8 +161,7 @@ class Mixer(nn.Module):
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
         if l == 1 and reset is None:                                        # the loop below, in one product
-            y = bias + (window * weight).sum(1, keepdim=True)               # (b, 1, d)
-            return F.silu(y).to(x.dtype), past
+            return F.silu(bias + (window * weight).sum(1, keepdim=True)).to(x.dtype), past
         if reset is not None:
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)      # of former documents
@@ -192,12 +174,10 @@ class Mixer(nn.Module):
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
-        """dt, B and C of each token. The three weightless norms, all that is new in Falcon-Mamba, are here.
-
-        In evaluation the reference normalises dt here too, in its fused training kernel after dt_proj.
-        """
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        dt, B, C = (rms_norm(v, self.eps) for v in (dt, B, C))              # (b, l, r), (b, l, n), (b, l, n)
+        """dt, B and C of each token. All that is new in Falcon-Mamba, three weightless norms, is here."""
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)                 # (b, l, r), (b, l, n), (b, l, n)
+        # The reference in evaluation, too; its fused kernel for training normalises dt after dt_proj.
+        dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
         weight = self.dt_proj.weight.to(x.dtype)    # training keeps it in fp32 beside bf16 activations
         return F.linear(dt.to(x.dtype), weight), B, C                       # (b, l, d), (b, l, n), (b, l, n)
 
@@ -250,14 +230,11 @@ class Mamba(nn.Module):
         Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
         # On a CPU oneDNN multiplies bf16 matrices fast, but for a single row it reads weights half as fast as
-        # PyTorch's own product.
-        mkldnn, before = torch.backends.mkldnn, torch.backends.mkldnn.enabled
-        mkldnn.enabled = before and tokens.numel() > 1
-        try:
+        # PyTorch's own product. Its three other settings stay as they are.
+        mkldnn = torch.backends.mkldnn
+        with mkldnn.flags(mkldnn.enabled and tokens.numel() > 1, None, None, None):
             x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
             return self.lm_head(x[:, -1:] if last_only else x).float(), state
-        finally:
-            mkldnn.enabled = before
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
@@ -281,31 +258,26 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                         # shapes without memory
             model = cls(config).eval()
-        wanted, stored = dict(model.named_parameters()), read_tensors(folder)
+        stored = read_tensors(folder)
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
-        has, needs = ({name: [*t.shape] for name, t in tensors.items()} for tensors in (stored, wanted))
+        plain = torch.float64, torch.float32, torch.float16, torch.bfloat16
+        has, needs = ({name: [*t.shape] + [t.dtype] * (t.dtype not in plain) for name, t in tensors.items()}
+                      for tensors in (stored, dict(model.named_parameters())))
         wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
                  for name in needs | has if has.get(name) != needs.get(name)]
-        wrong += [f"{name!r:.80} in {t.dtype}, which is no plain float" for name, t in stored.items()
-                  if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
         if wrong:
-            more = f", and {len(wrong) - 4} more faults" if len(wrong) > 4 else ""
-            raise CheckpointError(f"the tensors of {folder} do not fit its config.json: "
-                                  f"{', '.join(wrong[:4])}{more}")
+            raise CheckpointError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
+                                  f"{', '.join(wrong[:4])}")
         dtype = dtype or stored["backbone.embeddings.weight"].dtype
-        dtype = torch.float32 if dtype == torch.float64 else dtype
-        for name in wanted:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            exact = leaf in ("A_log", "D") or "conv1d" in path or name.endswith("dt_proj.bias")
+        for name in needs:
+            fp32 = dtype == torch.float64 or "conv1d" in name or name.endswith(("A_log", "D", "dt_proj.bias"))
             # `replace` is used where memory is short: once copied, a tensor's part of the mapped file can go.
-            value = stored.pop(name).to(device, torch.float32 if exact else dtype, copy=replace is not None)
-            setattr(module, leaf, nn.Parameter(value))
-            if replace and leaf == "weight" and path.endswith(("in_proj", "x_proj", "out_proj")):
-                model.set_submodule(path, replace(module))
-        if config.tie_embeddings:
-            model.lm_head.weight = model.backbone.embeddings.weight
+            value = stored.pop(name).to(device, torch.float32 if fp32 else dtype, copy=replace is not None)
+            torch.utils.swap_tensors(model.get_parameter(name), nn.Parameter(value))    # wherever it is tied
+            path = name.removesuffix(".weight")
+            if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
+                model.set_submodule(path, replace(model.get_submodule(path)))
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -322,27 +294,26 @@ class Mamba(nn.Module):
             kept.mkdir(parents=True)
             self.config.to_json(new / "config.json")
             huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
-            files = sorted(path.name for path in new.glob("model*"))
-            for name in files:
-                shutil.copymode(new / "config.json", new / name)        # safetensors hides it from others
-                with open(new / name, "rb+") as file:
+            for path in new.glob("model*"):
+                shutil.copymode(new / "config.json", path)              # safetensors hides it from others
+                with open(path, "rb+") as file:
                     os.fsync(file.fileno())                # on the disk before it replaces another
             # All is written, but several files cannot change in one move. The old ones go aside, config.json
             # first, and the new ones come, config.json last: in between nothing here passes for a checkpoint.
             # If a move fails, those before it are undone.
-            old = [name for name in ["config.json"] if (folder / name).exists()]
-            old += sorted(path.name for path in folder.glob("model*.safetensors*"))
-            moves = [(folder / name, kept / name) for name in old]
-            moves += [(new / name, folder / name) for name in [*files, "config.json"]]
-            if old == ["config.json", *files] and len(files) == 1 and (
+            before, after = ([path.name for part in ("config.json", "model*.safetensors*")
+                              for path in place.glob(part)] for place in (folder, new))
+            moves = [(folder / name, kept / name) for name in before]
+            moves += [(new / name, folder / name) for name in reversed(after)]
+            if before == after == ["config.json", "model.safetensors"] and (
                     (new / "config.json").read_bytes() == (folder / "config.json").read_bytes()):
-                moves = [(new / files[0], folder / files[0])]           # only the weights are new
+                moves = moves[2:3]                         # only the weights are new: one move is enough
             with ExitStack() as undo:
                 for source, target in moves:
                     os.replace(source, target)
                     undo.callback(os.replace, target, source)
                 undo.pop_all()                             # all went well: forget how to undo it
-        except (OSError, SafetensorError) as e:
+        except (OSError, safetensors.SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -350,74 +321,56 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Fresh weights as the reference draws them: states that fade at n speeds, steps from 0.001 to 0.1."""
-    config = model.config
+    """Fresh weights as the reference draws them, where they are not made so. Steps: from 0.001 to 0.1."""
     for name, p in model.named_parameters():
-        if name.endswith("A_log"):
-            p.copy_(torch.arange(1.0, config.d_state + 1).log().expand_as(p))
-        elif name.endswith("dt_proj.bias"):
+        if name.endswith("dt_proj.bias"):
             step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
             p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
-        elif name.endswith("dt_proj.weight"):
-            nn.init.uniform_(p, -config.dt_rank**-0.5, config.dt_rank**-0.5)
-        elif name.endswith(("conv1d.weight", "out_proj.weight")):
+        elif name.endswith(("conv1d.weight", "dt_proj.weight", "out_proj.weight")):
             nn.init.kaiming_uniform_(p, a=math.sqrt(5))                 # as PyTorch does by default
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
-        elif p.dim() == 2:      # in_proj, x_proj, the embeddings and lm_head
-            nn.init.normal_(p, std=config.initializer_range)
-        else:                   # D and the norms
-            nn.init.ones_(p)
+        elif name.endswith(("in_proj.weight", "x_proj.weight", "embeddings.weight", "lm_head.weight")):
+            nn.init.normal_(p, std=model.config.initializer_range)
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; CheckpointError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
+        raise CheckpointError(f"{path.parent} is no checkpoint: no JSON object in {path.name} ({e})") from e
 
 
 def find(source: str | Path) -> Path:
     """The folder of that name or, failing one, the local copy of the hub's repository of that name."""
-    folder = Path(os.path.expanduser(source))     # leaves a ~ that it does not know as it is
+    name, folder = str(source), Path(os.path.expanduser(source))    # leaves a ~ that it does not know
     if os.path.isdir(folder):
         return folder
-    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise CheckpointError(f"{str(source)!r:.200} is not a folder; `python train.py` makes one called out")
+    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise CheckpointError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
     try:
-        wanted = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
-        raise CheckpointError(f"{source} is not a folder here and could not be downloaded "
-                              f"({' '.join(str(e).split())[:200]}); without a network, `python train.py` "
-                              "makes a small model and `--model out` uses it") from e
+        raise CheckpointError(f"{name} is no folder here, nor downloaded ({' '.join(str(e).split())[:200]}); "
+                              "without a network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors in the folder's safetensors, one file or several with an index; on disk until used."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / names[0]).exists():
-        if not index.exists():
-            raise CheckpointError(f"{folder} has neither {names[0]} nor {index.name}; "
-                                  "pickled weights are not read, as loading them can run any code")
+    if index.exists() and not (folder / names[0]).exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files")
-        names = list(dict.fromkeys(map(str, weight_map.values())))
+        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
     tensors = {}
-    for name in names:
+    for name in sorted({*map(str, names)}):
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise CheckpointError(f"{index} points to {name!r:.80}, no safetensors file beside it")
+            raise CheckpointError(f"{index} has a weight_map to {name!r:.80}, no safetensors file beside it")
         try:
-            more = load_file(folder / name)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{folder / name} is not a whole safetensors file: {str(e)!r:.300}") from e
+            more = safetensors.torch.load_file(folder / name)
+        except (OSError, safetensors.SafetensorError) as e:
+            raise CheckpointError(f"{folder / name} is not a whole safetensors file ({str(e)!r:.300}); "
+                                  "pickled weights are not read, as they can run any code") from e
         if twice := tensors.keys() & more.keys():
             raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
         tensors |= more
@@ -427,14 +380,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 if __name__ == "__main__":
     with torch.device("meta"):
         model = Mamba(MambaConfig())
-    layers = model.config.n_layer
-    print(f"{'tensor':42}{'shape':>16}{'parameters':>16}{'bytes in bf16':>18}")
+    print(f"{'tensor':42}{'times':>6}{'shape':>16}{'parameters':>18}{'bytes in bf16':>18}")
     for name, p in model.named_parameters():
-        if ".layers." not in name or ".layers.0." in name:
-            shape, count = " x ".join(map(str, p.shape)), p.numel()
-            print(f"{name:42}{shape:>16}{count:16,}{2 * count:18,}")
-        elif name == "backbone.layers.1.norm.weight":
-            count = (layers - 1) * sum(p.numel() for p in model.backbone.layers[0].parameters())
-            print(f"{f'  and so on, layers 1 to {layers - 1}':58}{count:16,}{2 * count:18,}")
+        if not re.search(r"layers\.[1-9]", name):       # all layers have what the first one has
+            times, shape = model.config.n_layer if "layers.0" in name else 1, " x ".join(map(str, p.shape))
+            print(f"{name:42}{times:6}{shape:>16}{times * p.numel():18,}{2 * times * p.numel():18,}")
     count = sum(p.numel() for p in model.parameters())
     print(f"{2 * count:,} bytes in {len([*model.parameters()])} tensors; parameters: {count:,}")

@@ -1,8 +1,8 @@
 """The selective scan: a recurrent network whose steps can run in parallel.
 
 Each of d channels has a state h of n numbers which follows h'(t) = A h(t) + B x(t): A < 0 lets it fade, B
-writes the input into it. Let token t last for a time delta_t, and solve this over that time, exactly for the
-fading and by Euler's rule, time times slope, for the input:
+writes the input into it. Let token t last for a time delta_t, and solve this over that time: exactly for the
+fading and, as Mamba's code does where its paper's Eq. 4 is exact, by Euler's rule, time times slope, for B:
 
     delta_t = softplus(dt_t + dt_bias)                  how long token t lasts, always > 0
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      Mamba (arXiv 2312.00752), Eq. 2a
@@ -11,22 +11,17 @@ fading and by Euler's rule, time times slope, for the input:
 At one t, x_t, delta_t, z_t, D and y_t are (d,), B_t and C_t (n,), A and h_t (d, n). Products with A are of
 single numbers: each of a channel's n fades at its own rate. delta_t B_t x_t is an outer product, (d, n), and
 C_t . h_t sums over n. dt, B and C are computed from the token, which is what "selective" means: a long
-delta_t forgets the past and takes the token in, a short one passes over it. (The paper's Eq. 4 solves for B
-exactly too. Mamba's own code, and so the published weights, use Euler's rule.)
+delta_t forgets the past and takes the token in, a short one passes over it.
 
-This file says the recurrence three times, with the same numbers: as a loop (`naive`, the definition), in
-2 log2(l) parallel steps (`parallel`), and chunk by chunk with a backward derived by hand (`chunked`, the one
-that trains on a CPU). `python scan.py` prints the error and the time of each; tests/test_scan.py holds them
-to a float64 loop.
-Next: scan_triton.py says it a fourth time, for a GPU; mamba.py builds the model around it.
+This file says it three times: as a loop (`naive`, the definition), in 2 log2(l) parallel steps (`parallel`),
+and chunk by chunk with a backward derived by hand (`chunked`, which trains on a CPU). `python scan.py` prints
+the error and the time of each. Next: scan_triton.py says it for a GPU; mamba.py builds the model around it.
 
-Sizes in the shape comments: b batch, l length, d channels (d_inner), n numbers of state a channel (d_state),
-c steps in a chunk.
+Sizes in the shape comments: b batch, l length, d channels, n numbers of state a channel, c steps in a chunk.
 """
 import importlib.util
 import math
 import time
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +41,11 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     if x.dim() != 3 or x.shape[1] == 0 or A.dim() != 2:
         raise ValueError(f"x must be (b, l >= 1, d) and A (d, n), but they are {[*x.shape]} and {[*A.shape]}")
     (b, l, d), n = x.shape, A.shape[1]
-    for name, tensor, shape in [("dt", dt, (b, l, d)), ("A", A, (d, n)), ("B", B, (b, l, n)),
-                                ("C", C, (b, l, n)), ("D", D, (d,)), ("z", z, (b, l, d)),
-                                ("dt_bias", dt_bias, (d,)), ("h0", h0, (b, d, n)), ("reset", reset, (b, l))]:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} is {[*tensor.shape]}, but beside x {[b, l, d]} and A {[*A.shape]} it "
-                             f"must be {[*shape]}")
+    for name, v, *shape in [("dt", dt, b, l, d), ("A", A, d, n), ("B", B, b, l, n), ("C", C, b, l, n),
+                            ("D", D, d), ("z", z, b, l, d), ("dt_bias", dt_bias, d), ("h0", h0, b, d, n),
+                            ("reset", reset, b, l)]:
+        if v is not None and [*v.shape] != shape:
+            raise ValueError(f"{name} is {[*v.shape]}, but x {[b, l, d]} and A {[*A.shape]} need {shape}")
     if backend == "auto":
         backend = default_backend(x.device, l)
     if backend == "triton":
@@ -63,8 +57,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     D, dt_bias = (A.new_zeros(d) if v is None else v for v in (D, dt_bias))
     h0 = A.new_zeros(b, d, n) if h0 is None else h0
     floats = (v if v is None else v.float() for v in (x, dt, A, B, C, D, z, dt_bias, h0))
-    may_cast = torch.amp.is_autocast_available(x.device.type)       # it would take the products in 16 bits
-    with torch.autocast(x.device.type, enabled=False) if may_cast else nullcontext():
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"       # "meta" has none
+    with torch.autocast(kind, enabled=False):       # it would take the products in 16 bits
         y, h = BACKENDS[backend](*floats, reset)
     return y.to(x.dtype), h
 
@@ -148,8 +142,8 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
 
 
 def chunk_steps(b: int) -> int:
-    """Steps in a chunk. 32 take a tenth less time than 16 for one sequence, and a tenth more for eight."""
-    return 32 if b == 1 else 16     # shorter chunks cost Python's time, longer ones outgrow the cache
+    """Steps in a chunk: short ones cost Python's time, long ones of many sequences outgrow the cache."""
+    return 32 if b == 1 else 16     # for one sequence 32 take a tenth less time, for eight a tenth more
 
 
 def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
@@ -163,13 +157,8 @@ def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
     return (C[:, :, None] @ hs)[:, :, 0]                             # (b, c, d)
 
 
-def cut(now: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Steps `now` of each tensor (b, l, ...). Such pieces, of one chunk, are named with an underscore."""
-    return [v if v is None else v[:, now].contiguous() for v in tensors]
-
-
 class Chunked(torch.autograd.Function):
-    """In here A is (n, d) and states are (b, n, d): operations are fastest along a long last dimension."""
+    """Here A is (n, d) and a state (b, n, d): a long last dimension is fastest. x_ is one chunk of x."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h, reset):
@@ -179,7 +168,8 @@ class Chunked(torch.autograd.Function):
         buffers = [h.new_empty(len(h), size, *h.shape[1:]) for _ in range(2)]
         for t in range(0, x.shape[1], size):
             now = slice(t, t + size)
-            x_, dt_, B_, C_, z_, reset_ = cut(now, x, dt, B, C, z, reset)
+            x_, dt_, B_, C_, z_, reset_ = (v if v is None else v[:, now].contiguous()
+                                           for v in (x, dt, B, C, z, reset))
             decay, hs = (v[:, :x_.shape[1]] for v in buffers)
             starts.append(h)
             y_ = run_chunk(decay, hs, x_, F.softplus(dt_ + dt_bias), A, B_, C_, h, reset_)
@@ -196,16 +186,17 @@ class Chunked(torch.autograd.Function):
         dA, dD, dh = torch.zeros_like(A), torch.zeros_like(D), dh.mT.contiguous()
         size = chunk_steps(len(dh))
         buffers = [dh.new_empty(len(dh), size, *dh.shape[1:]) for _ in range(3)]
-        for i in reversed(range(len(starts))):
+        for i, h in reversed([*enumerate(starts)]):
             now = slice(i * size, (i + 1) * size)
-            x_, dt_, B_, C_, z_, reset_, dy_ = cut(now, x, dt, B, C, z, reset, dy)
-            delta_, c = F.softplus(dt_ + dt_bias), x_.shape[1]
+            x_, dt_, B_, C_, z_, reset_ = (v if v is None else v[:, now].contiguous()
+                                           for v in (x, dt, B, C, z, reset))
+            delta_, g_, c = F.softplus(dt_ + dt_bias), dy[:, now].contiguous(), x_.shape[1]
             decay, hs, dhs = (v[:, :c] for v in buffers)
-            y_, g_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, starts[i], reset_), dy_
+            y_ = run_chunk(decay, hs, x_, delta_, A, B_, C_, h, reset_)
             if z is not None:
                 y_, gate = torch.addcmul(y_, D, x_), z_.sigmoid()    # SiLU(z) = z gate
-                dz[:, now] = dy_ * y_ * gate * (1 + z_ * (1 - gate))
-                g_ = dy_ * z_ * gate                                 # (b, c, d)
+                dz[:, now] = g_ * y_ * gate * (1 + z_ * (1 - gate))
+                g_ = g_ * z_ * gate                                  # (b, c, d): dy before, now g
             torch.mul(C_[..., None], g_[:, :, None], out=dhs)        # (b, c, n, d): what y_t asks of h_t,
             dhs[:, -1] += dh                                         # and what later chunks ask of the last
             for t in reversed(range(c - 1)):
@@ -215,7 +206,7 @@ class Chunked(torch.autograd.Function):
             dB[:, now] = (dhs @ (delta_ * x_)[:, :, None].mT)[..., 0]
             dw = (B_[:, :, None] @ dhs)[:, :, 0]                     # (b, c, d)
             dhs *= decay
-            dhs[:, 0] *= starts[i]
+            dhs[:, 0] *= h
             dhs[:, 1:] *= hs[:, :-1]                                 # now d(delta_t A)
             # From here on `decay` is only a place to put products.
             dA += torch.mul(dhs, delta_[:, :, None], out=decay).sum((0, 1))
@@ -238,19 +229,17 @@ if __name__ == "__main__":
 
     def run(scan, dtype):
         """Two outputs and nine gradients; the milliseconds of the forward alone and of both."""
-        leaves = [v.to(dtype).requires_grad_() for v in inputs]
-        start = time.perf_counter()
+        leaves, start = [v.to(dtype).requires_grad_() for v in inputs], time.perf_counter()
         outputs = scan(*leaves, None)
         middle = time.perf_counter()
         gradients = torch.autograd.grad(sum(v.square().sum() for v in outputs), leaves)
         return [*outputs, *gradients], 1e3 * (middle - start), 1e3 * (time.perf_counter() - start)
 
-    exact = run(naive, torch.float64)[0]
-    print(f"{(b, l, d, n) = }, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-          f"{'':12}largest error against the loop in float64        median of 5 runs in ms\n"
-          f"{'backend':12}{'outputs':>12}{'gradients':>12}{'forward':>25}{'and backward':>16}")
+    print(f"{(b, l, d, n) = }, fp32: largest error against the loop in float64, median ms of 5 runs\n"
+          f"{'backend':12}{'outputs':>12}{'gradients':>12}{'forward':>12}{'and backward':>16}")
+    exact, _, _ = run(naive, torch.float64)
     for name, scan in BACKENDS.items():
         values, forward, both = zip(*(run(scan, torch.float32) for _ in range(5)))
         errors = [((v - w).abs().max() / w.abs().max()).item() for v, w in zip(values[0], exact)]
         print(f"{name:12}{max(errors[:2]):12.1e}{max(errors[2:]):12.1e}"
-              f"{sorted(forward)[2]:25.1f}{sorted(both)[2]:16.1f}")
+              f"{sorted(forward)[2]:12.1f}{sorted(both)[2]:16.1f}")

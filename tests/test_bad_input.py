@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import fields
 from pathlib import Path
 
@@ -220,7 +221,7 @@ def test_a_broken_config_is_a_sentence(folder, text):
 
 def test_a_missing_config_and_a_folder_in_its_place_are_sentences(folder):
     (folder / "config.json").unlink()
-    fault(folder, "no config.json")
+    fault(folder, "no checkpoint", "No such file", "config.json")
     (folder / "config.json").mkdir()
     fault(folder, "config.json")
 
@@ -332,7 +333,7 @@ def test_a_model_of_other_sizes_than_its_config_is_a_sentence_with_the_number_of
     edit(folder, state_size=5)
     fault(folder, "[16, 3]", "[16, 5]")
     edit(folder, state_size=3, num_hidden_layers=200)
-    fault(folder, "more faults")
+    fault(folder, "1980 tensors")       # ten of each of the 198 layers that are not there
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
@@ -384,6 +385,18 @@ def test_a_truncated_shard_is_named(folder):
     shard(folder)
     os.truncate(folder / "b.safetensors", 500)
     fault(folder, "b.safetensors")
+
+
+def test_what_replace_was_given_is_let_go_at_once(folder):
+    """Or a model in 4 bit would first need the memory of the whole one."""
+    given = []
+
+    def replace(linear):
+        assert all(weight() is None for weight in given)
+        given.append(weakref.ref(linear.weight))
+        return torch.nn.Identity()
+    Mamba.from_pretrained(folder, replace=replace)
+    assert len(given) == 6
 
 
 def test_a_tensor_in_two_shards_is_named(folder):
