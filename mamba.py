@@ -202,7 +202,7 @@ class Backbone(nn.Module):
 
     def forward(self, tokens, state, reset=None):
         stream, after = self.embeddings(tokens).float(), State([], [])      # (b, l, m)
-        for layer, past, h in zip(self.layers, *state):
+        for layer, past, h in zip(self.layers, *state, strict=True):
             stream, past, h = layer(stream, past, h, reset)
             after.conv.append(past)
             after.ssm.append(h)
@@ -230,11 +230,16 @@ class Mamba(nn.Module):
         Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
         """
         # On a CPU oneDNN multiplies bf16 matrices fast, but for a single row it reads weights half as fast as
-        # PyTorch's own product. Its three other settings stay as they are.
-        mkldnn = torch.backends.mkldnn
-        with mkldnn.flags(mkldnn.enabled and tokens.numel() > 1, None, None, None):
+        # PyTorch's own product. All threads share the switch: who turns it off turns it on, and no one else.
+        mkldnn, switch = torch.backends.mkldnn, torch.backends.mkldnn.enabled and tokens.numel() == 1
+        if switch:
+            mkldnn.enabled = False
+        try:
             x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
             return self.lm_head(x[:, -1:] if last_only else x).float(), state
+        finally:
+            if switch:
+                mkldnn.enabled = True
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""

@@ -149,9 +149,9 @@ def chunk_steps(b: int) -> int:
 def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
     """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return C_t . h_t."""
     torch.mul((delta * x)[:, :, None], B[..., None], out=hs)         # the drives, made states one by one
-    if reset is not None:       # such a step drives as long as it is, and decays as if endless: exp(-inf) = 0
-        delta = delta.masked_fill(reset[..., None], torch.finfo(delta.dtype).max)
     torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
+    if reset is not None:
+        decay[reset] = 0
     for a, now in zip(decay.unbind(1), hs.unbind(1)):
         h = now.addcmul_(a, h)                                       # (b, n, d)
     return (C[:, :, None] @ hs)[:, :, 0]                             # (b, c, d)

@@ -1,5 +1,6 @@
 """The model: equal to the reference, to itself in pieces, and to what it saved."""
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,33 @@ def test_what_is_small_and_exact_stays_fp32_in_bf16(tmp_path):
     assert {p.dtype for p in exact} == {torch.float32}
     logits, state = model(tokens(1, 4))
     assert logits.dtype == state.ssm[0].dtype == torch.float32
+
+
+def test_a_state_of_another_number_of_layers_is_refused():
+    deeper, model = tiny(n_layer=3), tiny(n_layer=2)
+    with pytest.raises(ValueError):
+        model(tokens(1, 4), deeper.blank_state(1))
+    with pytest.raises(ValueError):
+        deeper(tokens(1, 4), model.blank_state(1))
+
+
+def test_threads_that_decode_leave_the_process_as_it_was(monkeypatch):
+    model, before = tiny().eval(), torch.backends.mkldnn.enabled
+
+    def decode():
+        with torch.no_grad():
+            for _ in range(150):
+                model(tokens(1, 1))
+                model(tokens(1, 2))
+    threads = [threading.Thread(target=decode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mkldnn.enabled == before
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    model(tokens(1, 1))
+    assert not torch.backends.mkldnn.enabled
 
 
 def test_the_published_config_with_its_wrong_expand_loads(tmp_path):

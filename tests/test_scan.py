@@ -94,9 +94,11 @@ def test_the_future_cannot_change_the_past(backend):
                        selective_scan(**other, backend=backend)[0][:, :23])
 
 
+@pytest.mark.parametrize("fading", [1, 1e-40])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_passes_a_reset(backend):
+def test_nothing_passes_a_reset(backend, fading):
     args = inputs(4, 1, 30, 3, 4)
+    args["A"] = args["A"] * fading
     args["reset"][:, 17] = True
     y, h = selective_scan(**args, backend=backend)
     tail = args | {k: args[k][:, 17:] for k in ("x", "dt", "B", "C", "z")} | {"h0": None, "reset": None}
