@@ -167,7 +167,7 @@ def test_one_token_alone_is_multiplied_without_onednn_and_who_turned_it_off_find
     mkldnn, seen = torch.backends.mkldnn, []
     model = tiny()
     model.backbone.register_forward_hook(lambda *_: seen.append(mkldnn.enabled))
-    with mkldnn.flags(enabled=on), torch.no_grad():
+    with mkldnn.flags(on, None, None, None), torch.no_grad():
         for x in tokens(1, 1), tokens(1, 2), tokens(2, 1):
             model(x)
             assert mkldnn.enabled == on
