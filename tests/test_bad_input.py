@@ -232,6 +232,18 @@ def test_a_missing_size_is_named(folder, name):
     fault(folder, name)
 
 
+def test_a_config_that_does_not_say_so_ties_the_embeddings_as_the_reference_does(folder):
+    edit(folder, drop=["tie_word_embeddings"])
+    edit_tensors(folder, **{"lm_head.weight": None})
+    model = Mamba.from_pretrained(folder)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_more_layers_than_any_model_has_are_refused_before_they_are_built(folder):
+    edit(folder, num_hidden_layers=1025)
+    fault(folder, "num_hidden_layers", 1025, 1024)
+
+
 NAN, INF = float("nan"), float("inf")
 ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {},
                 {"a": 8}, "x" * 10**5],
@@ -340,6 +352,13 @@ def test_a_model_of_other_sizes_than_its_config_is_a_sentence_with_the_number_of
 def test_weights_that_are_no_plain_floats_are_refused(folder, dtype):
     edit_tensors(folder, **{"backbone.embeddings.weight": torch.ones(257, 8).to(dtype)})
     fault(folder, "backbone.embeddings.weight")
+
+
+def test_weights_in_float64_become_fp32(folder):
+    before = logits(Mamba.from_pretrained(folder))
+    edit_tensors(folder, **{k: v.double() for k, v in load_file(folder / "model.safetensors").items()})
+    model = Mamba.from_pretrained(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -797,6 +816,14 @@ def test_a_save_that_is_killed_leaves_one_whole_checkpoint_or_a_sentence(folder,
     other_model().save_pretrained(folder)       # and the next save clears it all up
     assert torch.equal(logits(Mamba.from_pretrained(folder)), new)
     assert not (folder / ".saving").exists()
+
+
+def test_new_weights_alone_replace_the_old_in_one_move(folder, monkeypatch):
+    """So while a model trains, its folder holds a whole one at every moment."""
+    replace, moves = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *move: moves.append(move) or replace(*move))
+    other_model().save_pretrained(folder)
+    assert len(moves) == 1 and torch.equal(logits(Mamba.from_pretrained(folder)), logits(other_model()))
 
 
 def test_what_a_killed_save_left_behind_does_no_harm(folder):

@@ -177,3 +177,26 @@ def test_the_7b_has_7272665088_parameters_in_643_tensors():
     with torch.device("meta"):
         parameters = dict(Mamba(MambaConfig()).named_parameters())
     assert len(parameters) == 643 and sum(p.numel() for p in parameters.values()) == 7_272_665_088
+
+
+def test_fresh_states_fade_at_n_speeds_in_steps_from_a_thousandth_to_a_tenth():
+    for name, p in Mamba(MambaConfig(**TINY)).named_parameters():
+        if name.endswith("A_log"):
+            assert_close(p.exp(), torch.arange(1.0, 6).expand(32, 5))
+        if name.endswith("dt_proj.bias"):
+            step = torch.nn.functional.softplus(p)
+            assert 0.999e-3 < step.min() and step.max() < 0.1001
+        if name.endswith((".D", "norm.weight", "norm_f.weight")):
+            assert (p == 1).all()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_one_token_alone_is_multiplied_without_onednn_and_who_turned_it_off_finds_it_off(on):
+    mkldnn, seen = torch.backends.mkldnn, []
+    model = tiny()
+    model.backbone.register_forward_hook(lambda *_: seen.append(mkldnn.enabled))
+    with mkldnn.flags(on, None, None, None), torch.no_grad():
+        for x in tokens(1, 1), tokens(1, 2), tokens(2, 1):
+            model(x)
+            assert mkldnn.enabled == on
+    assert seen == [False, on, on]
