@@ -7,7 +7,7 @@
     python train.py --data web/ --tokenizer tokenizer.json --tokenize-to web.bin     a corpus beyond memory
     python train.py --recipe falcon-mamba-7b --plan --world-size 256                 the run on paper
     torchrun --nproc-per-node 8 train.py --recipe continue --data my.bin             on 8 GPUs: see README.md
-    python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on a part of yours
+    python train.py --eval-only --init-from tiiuae/falcon-mamba-7b --data texts/     its loss on part of yours
 
 The recipe is that of the report, arXiv 2410.05355, section 3; what it does not give is marked as our choice.
 All of it, and which rows a step reads, is a pure function of the seed and the tokens seen: a run can stop
