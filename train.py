@@ -223,7 +223,7 @@ def named_data(texts: list[str], recipe: Recipe, mixed: bool = False) -> tuple[d
             shares[name] += float(share)        # its paths may bring a part each
     paths = paths or {"text": standard_library()}
     if not mixed and (len(paths) == 1 or shares.keys() == paths.keys()):
-        given = " ".join(f"{name}:{shares[name] or 1}" for name in paths)
+        given = " ".join(f"{name}:{shares.get(name, 1)}" for name in paths)
         return paths, replace(recipe, mixture=(given,))
     wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
     if shares or wanted != paths.keys():
@@ -281,7 +281,7 @@ class Source:
                 raise ValueError(f"{name} is {len(paths)} paths, with {self.bin} of {size} bytes; a .bin is "
                                  "a source of its own, with two bytes for each token")
             tokens = np.memmap(self.bin, np.uint16, "r")
-        else:       # what the run reads, and enough besides for the shuffle
+        else:       # what the run reads, and so much more that all runs hold out the same: see below
             enough = recipe.total_tokens + 2**25
             tokens = np.concatenate([*tokenized(paths, tokenizer, enough)] or [np.zeros(0)])
         self.size = len(tokens)

@@ -512,6 +512,10 @@ def test_data_without_shares_takes_the_recipes_and_a_single_source_needs_none(da
     for flags in ["a=A"], ["A"], ["a=A:0.3"], ["A", "A/00.txt"]:
         paths, recipe = train.named_data([flag.replace("A", str(data)) for flag in flags], two)
         assert mixture(recipe, 0) == mixture(recipe, 9) == {name: 1 for name in paths} and len(paths) == 1
+    given = [f"a={data}:0", f"b={data}:1"]
+    assert mixture(train.named_data(given, two)[1], 0) == {"a": 0, "b": 1}      # a 0 is a share too
+    with pytest.raises(ValueError, match="shares above 0"):
+        train.named_data(given[:1], two)
     for flags in ["a=A", "c=A"], ["a=A:0.5", "b=A"], ["a=A", "b=A", "c=A"]:
         with pytest.raises(ValueError, match="name the same, or give each a share"):
             train.named_data([flag.replace("A", str(data)) for flag in flags], two)
