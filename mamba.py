@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -286,38 +285,26 @@ class Mamba(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and safetensors that transformers loads as they are; all of it or nothing.
+        """Write config.json and model.safetensors, which transformers loads as they are, or leave all as it was.
 
         `tensors`, from name to value, stand in for the model's own where those are divided among machines.
-        CheckpointError if it cannot be written; what the folder held before is then still there.
+        CheckpointError if it cannot be written. (One file, as reading maps it into memory, however large.)
         """
         folder = Path(folder)
-        new, kept = folder / ".saving", folder / ".saving" / "old"
+        new = folder / ".saving"
         tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # a tied one once
         try:
             shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
-            kept.mkdir(parents=True)
+            new.mkdir(parents=True)
             self.config.to_json(new / "config.json")
-            huggingface_hub.save_torch_state_dict(tensors, new, max_shard_size="5GB")
-            for path in new.glob("model*"):
-                shutil.copymode(new / "config.json", path)              # safetensors hides it from others
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())                # on the disk before it replaces another
-            # All is written, but several files cannot change in one move. The old ones go aside, config.json
-            # first, and the new ones come, config.json last: in between nothing here passes for a checkpoint.
-            # If a move fails, those before it are undone.
-            before, after = ([path.name for part in ("config.json", "model*.safetensors*")
-                              for path in place.glob(part)] for place in (folder, new))
-            moves = [(folder / name, kept / name) for name in before]
-            moves += [(new / name, folder / name) for name in reversed(after)]
-            if before == after == ["config.json", "model.safetensors"] and (
-                    (new / "config.json").read_bytes() == (folder / "config.json").read_bytes()):
-                moves = moves[2:3]                         # only the weights are new: one move is enough
-            with ExitStack() as undo:
-                for source, target in moves:
-                    os.replace(source, target)
-                    undo.callback(os.replace, target, source)
-                undo.pop_all()                             # all went well: forget how to undo it
+            safetensors.torch.save_file(tensors, new / "model.safetensors", {"format": "pt"})
+            shutil.copymode(new / "config.json", new / "model.safetensors")     # it hides it from other users
+            with open(new / "model.safetensors", "rb+") as file:
+                os.fsync(file.fileno())                    # on the disk before it replaces another
+            # Two files cannot change in one move. Killed between these, it leaves the new weights under the
+            # old config.json, which loading refuses where a shape is another.
+            os.replace(new / "model.safetensors", folder / "model.safetensors")
+            os.replace(new / "config.json", folder / "config.json")
         except (OSError, safetensors.SafetensorError) as e:
             raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
