@@ -532,10 +532,10 @@ class Trainer:
         return losses
 
     def state(self) -> dict[str, Tensor]:
-        """All that steps change: the weights, and Adam's two averages, which are 0 before the first step."""
+        """All that steps change: the weights, and Adam's two averages of each and its count of steps."""
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         weights, adam = get_state_dict(self.model, self.adam, options=flat)
-        return weights | {name: value for name, value in adam.items() if "exp_avg" in name}
+        return weights | {name: value for name, value in adam.items() if isinstance(value, Tensor)}
 
     def save(self) -> None:
         """A checkpoint, and the model as it is published."""
@@ -565,8 +565,6 @@ class Trainer:
         self.step = int(folder.name.removeprefix("step-"))
         for _ in range(self.step):
             self.tokens += batch_size(self.recipe, self.tokens) * context_length(self.recipe, self.tokens)
-        for averages in self.adam.state.values():
-            averages["step"] = torch.tensor(float(self.step))
 
     def run(self) -> bool:
         """Train to the recipe's end, or until a signal asks a rank to stop. Returns whether it is the end."""
