@@ -408,12 +408,11 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*[0-9]"))
 
 
-def prepare(out: Path, steps: int) -> None:
+def prepare(out: Path, steps: int, tokenizer: Tokenizer) -> None:
     """Make the folder, or cut its metrics back to `steps` steps. What cannot be written is found out now."""
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        if (out / name).is_dir():
-            raise ValueError(f"{out / name} is a folder, where the model's file of that name belongs")
+    with sample.new_file(out / "tokenizer.json") as file:
+        file.write(tokenizer.to_str().encode())
     for left in (out / "checkpoints").glob("*.partial"):        # by a run that was killed
         shutil.rmtree(left)
     # The rows up to the checkpoint: a run that was killed had gone on from there.
@@ -455,7 +454,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
-        self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
+        self.args, self.recipe, self.model = args, recipe, model
         self.sources, self.step, self.tokens, self.group, self.await_saved = sources, 0, 0, None, lambda: None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
@@ -544,10 +543,7 @@ class Trainer:
         gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
         if self.rank == 0:      # copies, as what is gathered is part of a larger buffer; a tied tensor once
             weights = {name: gathered.pop(name).clone() for name, _ in self.model.named_parameters()}
-            with sample.new_file(self.args.out / "tokenizer.json") as file:     # there once the model is
-                file.write(self.tokenizer.to_str().encode())
-                file.flush()
-                self.model.save_pretrained(self.args.out, weights)
+            self.model.save_pretrained(self.args.out, weights)
         # After it, so that a run whose last checkpoint is complete has written its model too.
         writer = Writer(self.args.out, self.step, self.settings, self.args.keep)
         # This copies to the CPU's memory before it returns; a thread writes while training goes on.
@@ -685,9 +681,9 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if args.tokenize_to:
         return tokenize_to(args.tokenize_to, every, tokenizer)
     done = [] if args.eval_only else checkpoints(args.out)
-    if done and not args.resume:
-        raise ValueError(f"{args.out} already holds a run, at {done[-1].name}; --resume goes on with it, "
-                         "another --out begins a new one")
+    if (args.out / "config.json").exists() and not (args.resume or args.eval_only):
+        raise ValueError(f"{args.out} already holds a model; --resume goes on with its run, another --out "
+                         "begins a new one")
     torch.manual_seed(recipe.seed)
     size, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
     if folder:      # mapped from its files: FSDP copies each rank's part out of them
@@ -705,7 +701,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if done:
         trainer.resume(done[-1])
     if trainer.rank == 0 and not args.eval_only:
-        prepare(args.out, trainer.step)
+        prepare(args.out, trainer.step, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(source.size for source in sources.values()):,} tokens of text, "
           f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"
