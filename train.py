@@ -60,7 +60,7 @@ from mamba import Mamba, MambaConfig, find, read_json
 
 END = "<|endoftext|>"      # closes every document
 GT = 10**9                 # tokens; the report's unit
-GROUP = 2**20              # rows of a source that are shuffled together: a table of all may be too long
+GROUP = 2**20              # pieces of a source that are shuffled together: a table of all may be too long
 
 
 def flag(default, help, low=0, high=2**60):
@@ -309,35 +309,28 @@ class Source:
         return self.parts[part][start:start + length + 1]
 
 
-def place(recipe: Recipe, tokens: int, i: int) -> tuple[str, int]:
-    """Row i of the step that starts after `tokens`: its source, and its number among that source's rows.
-
-    A stage deals its rows from decks of 1000 cards, shuffled, with as many of each source as its share is
-    worth. A source's rows are numbered on from those of the stages before, whose length its share tells up to
-    rounding; then deck after deck, and as its cards lay before the deck was shuffled.
-    """
-    now, length, shares = stage(recipe, tokens), context_length(recipe, tokens), mixture(recipe, tokens)
-    decks, drawn = divmod((tokens - recipe.stages[now]) // length + i, 1000)
-    card = order(1000, recipe.seed, now, decks)[drawn]
-    counts = np.diff(np.rint(1000 * np.cumsum([0, *shares.values()]))).astype(int)
-    deck = np.repeat([*shares], counts)         # source's names
-    name, own = deck[card], deck == deck[card]
-    former = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
-    return name, int(former // length) + decks * own.sum() + own[:card].sum()
-
-
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
-    """Row i of that step, (l + 1,). An epoch reads a source once, in pieces of the longest context, shuffled
-    group by group, so that a stage of other rows reads what those before it have left. (What is left of a
-    piece that its context does not divide is not read.)"""
-    (name, number), length = place(recipe, tokens, i), context_length(recipe, tokens)
-    longest = max(recipe.context)
-    k, j = divmod(number, longest // length)                    # row j of piece k, counted over all epochs
-    pieces = sources[name].rows("training", longest)
-    epoch, k = divmod(k, pieces)
-    first = k - k % GROUP
-    shuffled = order(min(GROUP, pieces - first), recipe.seed, *name.encode(), epoch, first)
-    return sources[name].row("training", (first + shuffled[k - first]) * longest + j * length, length)
+    """Row i of the step that starts after `tokens`, (l + 1,).
+
+    A run is a row of pieces of the longest context. A stage deals its own from decks of 1000 cards, shuffled,
+    with as many of each source as its share is worth. A source's pieces are numbered on from those of former
+    stages, whose shares tell how many; then deck by deck, and as its cards lay before the deck was shuffled.
+    An epoch reads each piece once, in an order shuffled group by group. (What is left of a piece that its
+    context does not divide is not read.)
+    """
+    now, length, longest = stage(recipe, tokens), context_length(recipe, tokens), max(recipe.context)
+    rows, shares = longest // length, mixture(recipe, tokens)                   # rows in a piece
+    piece, j = divmod(tokens // length + i, rows)
+    deck, drawn = divmod(piece - recipe.stages[now] // length // rows, 1000)
+    card = order(1000, recipe.seed, now, deck)[drawn]
+    edges = np.rint(1000 * np.cumsum([0, *shares.values()]))
+    name, first, after = next(own for own in zip(shares, edges, edges[1:]) if card < own[2])
+    former = sum((b - a) * mixture(recipe, a).get(name, 0) for a, b in pairwise(recipe.stages[:now + 1]))
+    number = int(former // longest + deck * (after - first) + card - first)
+    epoch, k = divmod(number, pieces := sources[name].rows("training", longest))
+    start = k - k % GROUP
+    k = start + order(min(GROUP, pieces - start), recipe.seed, *name.encode(), epoch, start)[k - start]
+    return sources[name].row("training", k * longest + j * length, length)
 
 
 # PyTorch has a second "checkpoint", for activations: it keeps only args, and the backward pass runs the
@@ -454,7 +447,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
-        self.args, self.recipe, self.model = args, recipe, model
+        self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
         self.sources, self.step, self.tokens, self.group, self.await_saved = sources, 0, 0, None, lambda: None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
@@ -681,7 +674,7 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if args.tokenize_to:
         return tokenize_to(args.tokenize_to, every, tokenizer)
     done = [] if args.eval_only else checkpoints(args.out)
-    if (args.out / "config.json").exists() and not (args.resume or args.eval_only):
+    if (done or (args.out / "config.json").exists()) and not (args.resume or args.eval_only):
         raise ValueError(f"{args.out} already holds a model; --resume goes on with its run, another --out "
                          "begins a new one")
     torch.manual_seed(recipe.seed)

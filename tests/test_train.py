@@ -25,7 +25,7 @@ import train
 from kill_loop import ONE_THREAD, SMALL, command, curve, kill_loop, untouched_run
 from mamba import Mamba, MambaConfig
 from train import (RECIPES, Objective, Recipe, Source, Trainer, batch_size, byte_tokenizer, context_length,
-                   flops_per_token, learning_rate, memory, mixture, optimizer, place, training_row)
+                   flops_per_token, learning_rate, memory, mixture, optimizer, training_row)
 
 SEVEN, GT = RECIPES["falcon-mamba-7b"], 10**9
 
@@ -158,7 +158,6 @@ def test_every_field_of_recipe_and_model_is_a_flag_and_unknown_flags_fail(traine
 # The data
 
 def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch):
-    monkeypatch.setattr(train, "place", lambda recipe, tokens, i: ("text", i))
     monkeypatch.setattr(train, "GROUP", 2000)        # and 5000 rows: twice so many, and a rest
 
     class Numbers:
@@ -170,22 +169,28 @@ def test_a_source_is_read_once_in_shuffled_order_and_then_in_another(monkeypatch
         assert abs(np.corrcoef(a[:2000], b[:2000])[0, 1]) < 0.1
 
 
-def test_a_run_reads_every_row_of_a_source_once_before_any_twice_and_keeps_the_shares():
+def test_a_run_reads_every_row_of_a_source_once_before_any_twice_and_keeps_the_shares(monkeypatch):
+    class Numbers:
+        rows = lambda self, part, length: 10**5
+
+        def __init__(self, name):
+            self.row = lambda part, start, length: (name, start // 128)
+    monkeypatch.setattr(train, "order", lambda n, *key: np.arange(n))           # as if nothing were shuffled
     recipe = replace(Recipe(), context=(64, 128), stages=(0, 640_000),
                      mixture=("web:3 code:1", "web:1 code:1"))
-    seen, tokens = Counter(), 0
+    sources, seen, tokens = {name: Numbers(name) for name in ("web", "code")}, Counter(), 0
     while tokens < 640_000:
-        seen.update(place(recipe, tokens, i) for i in range(batch_size(recipe, tokens)))
+        seen.update(training_row(recipe, sources, tokens, i) for i in range(batch_size(recipe, tokens)))
         tokens += batch_size(recipe, tokens) * 64
-    assert max(seen.values()) == 1
-    rows = Counter(name for name, _ in seen)
-    assert rows["web"] / rows.total() == pytest.approx(0.75, abs=0.01)
-    for name in rows:       # all of the first ones, but for the last thousand rows, which are not complete
-        assert max(before for _, before in seen) < rows["web"] + 1000
-        assert {before for source, before in seen if source == name} >= set(range(rows[name] - 1000))
-    # In the next stage, with rows twice as long, each source goes on from about where it stopped.
-    later = [place(recipe, 650_000, i) for i in range(2000)]
-    assert min(before for name, before in later if name == "code") >= 640_000 / 4 / 128 - 1
+    assert {*seen.values()} <= {1, 2}           # the rows of a piece, but for a last one half read
+    pieces = Counter(name for name, _ in seen)
+    assert pieces["web"] == pytest.approx(3750, abs=8) and pieces["code"] == 1250
+    assert sum(seen.values()) in (2 * pieces.total(), 2 * pieces.total() - 1)
+    for name in pieces:
+        assert {number for source, number in seen if source == name} == {*range(pieces[name])}
+    # In the next stage each source goes on where it stopped, but for what the last step took beyond its end.
+    later = Counter(training_row(recipe, sources, 640_000, i) for i in range(2000))
+    assert later.keys() == {("web", n) for n in range(3750, 4750)} | {("code", n) for n in range(1250, 2250)}
 
 
 @pytest.mark.parametrize("context", [(64,), (64, 128), (128, 32)])
