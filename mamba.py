@@ -109,15 +109,12 @@ class State(NamedTuple):
     ssm: list[Tensor]       # a layer: (b, d, n), the scan's h; fp32, as bf16 loses what is small beside it
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, from the stream's fp32 to the dtype of its weight."""
 
     def forward(self, stream):
         # Rounded once, here; the reference rounds before it multiplies by the weight, too.
-        return F.rms_norm(stream, stream.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
+        return F.rms_norm(stream, self.normalized_shape, self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class Mixer(nn.Module):
