@@ -310,13 +310,11 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Fresh weights as the reference draws them, where they are not made so. Steps: from 0.001 to 0.1."""
+    """Fresh weights as the reference draws them, where PyTorch does not. Steps: from 0.001 to 0.1."""
     for name, p in model.named_parameters():
         if name.endswith("dt_proj.bias"):
             step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
             p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
-        elif name.endswith(("conv1d.weight", "dt_proj.weight", "out_proj.weight")):
-            nn.init.kaiming_uniform_(p, a=math.sqrt(5))                 # as PyTorch does by default
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
         elif name.endswith(("in_proj.weight", "x_proj.weight", "embeddings.weight", "lm_head.weight")):
