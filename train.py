@@ -137,12 +137,13 @@ def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
     try:
         shares = {name: float(share) for name, share in (part.split(":") for part in text.split())}
         total = sum(shares.values())
-        if not all(share == 0 or total / 1000 <= share < math.inf for share in shares.values()):
+        fine = all(share == 0 or total / 1000 <= share < math.inf for share in shares.values())
+        if not fine or len(shares) < len(text.split()):
             raise ValueError
         return {name: share / total for name, share in shares.items()}
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"--mixture has {text!r}, but needs name:share, with shares above 0 and none below "
-                         "a thousandth of all") from None
+        raise ValueError(f"--mixture has {text!r}, but needs name:share, each name once, shares above 0 and "
+                         "none below a thousandth of all") from None
 
 
 def scaled(recipe: Recipe, total: int) -> Recipe:

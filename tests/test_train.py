@@ -696,6 +696,7 @@ def test_resuming_unpickles_nothing(uninterrupted, data, tmp_path):
     (["--stages", "5", "--context", "8"], "begin with 0"),
     (["--context", "8,16"], "2 values"),
     (["--mixture", "web"], "name:share"),
+    (["--mixture", "text:1 text:2"], "each name once"),
     (["--data", "{data}", "--tokenizer", "{data}/00.txt"], "cannot read the tokenizer"),
     (["--n-layer", "5000"], "num_hidden_layers"),
     (["--data", "{data}", "--vocab-size", "100"], "has 257 tokens"),
