@@ -320,6 +320,9 @@ def device(text: str) -> torch.device:
         found.item()            # not on "meta", which keeps no numbers
         if found.is_cuda:       # where streams, graphs and FSDP look
             torch.cuda.set_device(found.device)
+            if default_backend(found.device, 1) == "triton":
+                import triton
+                triton.runtime.driver.active.utils      # built here, if not yet: it takes a C compiler
         return found.device
     except Exception as e:      # each backend raises its own
         why = " ".join(str(e).split())[:200]

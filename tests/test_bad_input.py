@@ -6,6 +6,7 @@ The programs run inside this process wherever that is possible, since importing 
 place is made unwritable by a file where a folder should be or a limit on file sizes, as root may write to any
 other. test_fuzz.py adds what nobody thought of.
 """
+import argparse
 import contextlib
 import io
 import json
@@ -19,6 +20,7 @@ import threading
 import weakref
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -520,6 +522,22 @@ def test_a_run_without_a_prompt_is_told_which_flag_to_give(folder, refused):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_cuda_is_a_sentence_that_names_the_cpu(folder, refused):
     refused(sample, "--model", folder, "--prompt", "a", "--device", "cuda", words=["cuda", "cpu"])
+
+
+def test_a_gpu_without_the_compiler_that_triton_starts_with_is_a_sentence(monkeypatch):
+    triton = pytest.importorskip("triton")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+    number = SimpleNamespace(item=float, is_cuda=True, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: number)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    with pytest.raises(argparse.ArgumentTypeError) as e:
+        sample.device("cuda")
+    assert_sentence(str(e.value), "C compiler", "try cpu")
 
 
 def test_a_device_without_memory_is_refused(folder, refused):

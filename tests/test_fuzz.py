@@ -230,7 +230,7 @@ def ahead(folder):
     """All cases."""
     command = [sys.executable, "-X", "faulthandler", __file__, "all"]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_no_case_kills_the_interpreter_or_hangs(begun):
