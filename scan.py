@@ -46,6 +46,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
                             ("reset", reset, b, l)]:
         if v is not None and [*v.shape] != shape:
             raise ValueError(f"{name} is {[*v.shape]}, but x {[b, l, d]} and A {[*A.shape]} need {shape}")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset is {reset.dtype}, but must be torch.bool")
     if backend == "auto":
         backend = default_backend(x.device, l)
     if backend == "triton":

@@ -263,6 +263,8 @@ def tokenize_to(path: Path, paths: list[Path], tokenizer: Tokenizer) -> None:
     """A corpus as a file of uint16 tokens, which training maps into memory."""
     if (size := sample.vocabulary(tokenizer)) > 2**16:
         raise ValueError(f"a .bin holds 65536 different tokens, the tokenizer {size}")
+    if path.resolve() in [source.resolve() for source in paths]:
+        raise ValueError(f"--tokenize-to {path} would overwrite what --data names; name another file")
     with sample.new_file(path) as file:
         for part in tokenized(paths, tokenizer):
             file.write(part.astype(np.uint16).tobytes())

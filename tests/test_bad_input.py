@@ -524,6 +524,13 @@ def test_no_cuda_is_a_sentence_that_names_the_cpu(folder, refused):
     refused(sample, "--model", folder, "--prompt", "a", "--device", "cuda", words=["cuda", "cpu"])
 
 
+def test_tokenizing_a_text_into_itself_is_refused(refused, tmp_path):
+    text = tmp_path / "my.txt"
+    text.write_text("some words")
+    refused(train, "--data", text, "--tokenize-to", text, words=["overwrite", "another file"])
+    assert text.read_text() == "some words"
+
+
 def test_a_gpu_without_the_compiler_that_triton_starts_with_is_a_sentence(monkeypatch):
     triton = pytest.importorskip("triton")
 

@@ -150,3 +150,10 @@ def test_training_never_holds_a_state_for_every_step():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         selective_scan(**args)
     assert sum(saved.values()) < 0.6 * 4 * 512 * 64 * 16     # naive and parallel: several times 4 l d n bytes
+
+
+def test_a_reset_of_numbers_is_refused():
+    """Taken as indices it would be silently wrong."""
+    x, B = torch.randn(1, 4, 2), torch.randn(1, 4, 3)
+    with pytest.raises(ValueError, match="int64, but must be torch.bool"):
+        selective_scan(x, x, -torch.rand(2, 3), B, B, reset=torch.zeros(1, 4, dtype=torch.int64))
