@@ -282,7 +282,7 @@ class Mamba(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors, which transformers loads as they are, or leave all as it was.
+        """Write config.json and model.safetensors, which transformers loads; or leave all as it was.
 
         `tensors`, from name to value, stand in for the model's own where those are divided among machines.
         CheckpointError if it cannot be written. (One file, as reading maps it into memory, however large.)
