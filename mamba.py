@@ -282,10 +282,11 @@ class Mamba(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors, which transformers loads; or leave all as it was.
+        """Write config.json and model.safetensors, which transformers loads as they are.
 
         `tensors`, from name to value, stand in for the model's own where those are divided among machines.
-        CheckpointError if it cannot be written. (One file, as reading maps it into memory, however large.)
+        CheckpointError if they cannot be written; what was there before is then left as it was, unless moving
+        the second file fails. (One file of weights, however large: reading maps it into memory.)
         """
         folder = Path(folder)
         new = folder / ".saving"
@@ -295,7 +296,7 @@ class Mamba(nn.Module):
             new.mkdir(parents=True)
             self.config.to_json(new / "config.json")
             safetensors.torch.save_file(tensors, new / "model.safetensors", {"format": "pt"})
-            shutil.copymode(new / "config.json", new / "model.safetensors")     # it hides it from other users
+            shutil.copymode(new / "config.json", new / "model.safetensors")     # which safetensors hides
             with open(new / "model.safetensors", "rb+") as file:
                 os.fsync(file.fileno())                    # on the disk before it replaces another
             # Two files cannot change in one move. Killed between these, it leaves the new weights under the

@@ -119,7 +119,8 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
     since = max(tokens - (recipe.total_tokens - recipe.decay_tokens), 0)
     # So lr / sqrt(batch), to which the noise of Adam's steps is proportional, stays the same.
     scaling = math.sqrt(batch_size(recipe, tokens) / recipe.batch_end)
-    return recipe.lr * warm * scaling * recipe.decay_factor ** -min(since / max(recipe.decay_tokens, 1), 1)
+    decayed = min(since / recipe.decay_tokens, 1) if recipe.decay_tokens else 0
+    return recipe.lr * warm * scaling * recipe.decay_factor ** -decayed
 
 
 def stage(recipe: Recipe, tokens: int) -> int:
@@ -216,8 +217,8 @@ def named_data(texts: list[str], recipe: Recipe, mixed: bool = False) -> tuple[d
             name, path, share = "text", text, None
         else:
             name, path, share = named.groups()
-        if not Path(path).exists():
-            raise ValueError(f"there is no {path}, which --data names; it takes path, name=path or "
+        if not path or not Path(path).exists():     # Path("") is the folder that we are in
+            raise ValueError(f"there is no {path or repr(path)}, which --data names; it takes path, name=path or "
                              "name=path:share")
         paths[name].append(Path(path))
         if share:
@@ -406,14 +407,15 @@ def checkpoints(out: Path) -> list[Path]:
 
 def prepare(out: Path, steps: int, tokenizer: Tokenizer) -> None:
     """Make the folder, or cut its metrics back to `steps` steps. What cannot be written is found out now."""
+    metrics = out / "metrics.jsonl"
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     with sample.new_file(out / "tokenizer.json") as file:
         file.write(tokenizer.to_str().encode())
     for left in (out / "checkpoints").glob("*.partial"):        # by a run that was killed
         shutil.rmtree(left)
     # The rows up to the checkpoint: a run that was killed had gone on from there.
-    rows = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:steps] if steps else []
-    with sample.new_file(out / "metrics.jsonl") as file:
+    rows = metrics.read_bytes().splitlines(keepends=True)[:steps] if metrics.exists() else []
+    with sample.new_file(metrics) as file:
         file.writelines(rows)
 
 
@@ -680,6 +682,8 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if (done or (args.out / "config.json").exists()) and not (args.resume or args.eval_only):
         raise ValueError(f"{args.out} already holds a model; --resume goes on with its run, another --out "
                          "begins a new one")
+    if not args.eval_only and any(args.out.resolve().is_relative_to(path.resolve()) for path in every):
+        raise ValueError(f"--out {args.out} lies in --data, whose files are read as text; name one outside")
     torch.manual_seed(recipe.seed)
     size, end = sample.vocabulary(tokenizer), tokenizer.token_to_id(END)
     if folder:      # mapped from its files: FSDP copies each rank's part out of them
@@ -784,9 +788,9 @@ def main() -> None:
         args, recipe, sizes = flags(sys.argv[1:])
         if args.plan:
             vocabulary = {"vocab_size": sample.vocabulary(open_tokenizer(args.tokenizer))}
-            start = Path(recipe.init_from) / "config.json"      # a hub id, which is no path, is of a 7B
-            return plan(args, recipe, MambaConfig.from_json(start) if recipe.init_from and start.exists() else
-                        MambaConfig(**vocabulary | sizes))
+            local = recipe.init_from and not recipe.init_from.startswith("tiiuae/falcon-mamba-7b")
+            return plan(args, recipe, MambaConfig.from_json(Path(recipe.init_from) / "config.json") if local
+                        else MambaConfig(**vocabulary | sizes))
         cuda = args.device.type == "cuda"
         if cuda and not (gpu < gpus and dist.is_nccl_available()):
             raise ValueError(f"GPUs need a PyTorch with NCCL, and each process one of the {gpus} here; lower "

@@ -630,6 +630,18 @@ def test_after_a_resume_each_step_stands_once_in_the_metrics(trained, uninterrup
     assert len(list((out / "checkpoints").iterdir())) == 2
 
 
+def test_a_run_whose_metrics_were_deleted_goes_on(trained, uninterrupted, data, tmp_path):
+    out = copy_of(uninterrupted, tmp_path, 9)
+    (out / "metrics.jsonl").unlink()
+    assert trained("--data", data, "--out", out, *SMALL, "--resume")[0] == 0
+    assert curve(out) == curve(uninterrupted)[9:]
+
+
+def test_a_recipe_without_decay_does_not_decay():
+    recipe = replace(Recipe(), decay_tokens=0)
+    assert {learning_rate(recipe, recipe.total_tokens + after) for after in (-1, 0, 1, 10**6)} == {recipe.lr}
+
+
 def checkpoint_files(out, step):
     return {p.name: p.read_bytes() for p in (out / "checkpoints" / f"step-{step:09}").iterdir()}
 
@@ -692,7 +704,11 @@ def test_resuming_unpickles_nothing(uninterrupted, data, tmp_path):
     (["--recipe", "falcon-mamba-7b", "--data", "a={data}", "--data", "b={data}"], "--data names a, b"),
     (["--data", "{data}", "--context", "1000000"], "--context 1000000"),
     (["--init-from", "nowhere"], "'nowhere' is not a folder"),
-    (["--data", "{data}", "--out", "{data}/00.txt/out"], "Not a directory"),
+    (["--data", "{data}", "--out", "{data}/00.txt/out"], "lies in --data"),
+    (["--data", "{data}/00.txt", "--context", "16", "--out", "{data}/01.txt/out"], "Not a directory"),
+    (["--data", ""], "there is no ''"),
+    (["--data", "text="], "there is no ''"),
+    (["--plan", "--init-from", "nowhere"], "nowhere is no checkpoint"),
     (["--stages", "5", "--context", "8"], "begin with 0"),
     (["--context", "8,16"], "2 values"),
     (["--mixture", "web"], "name:share"),
