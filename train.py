@@ -218,8 +218,8 @@ def named_data(texts: list[str], recipe: Recipe, mixed: bool = False) -> tuple[d
         else:
             name, path, share = named.groups()
         if not path or not Path(path).exists():     # Path("") is the folder that we are in
-            raise ValueError(f"there is no {path or repr(path)}, which --data names; it takes path, name=path or "
-                             "name=path:share")
+            raise ValueError(f"there is no {path or repr(path)}, which --data names; it takes path, "
+                             "name=path or name=path:share")
         paths[name].append(Path(path))
         if share:
             shares[name] += float(share)        # its paths may bring a part each
@@ -248,7 +248,7 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, enough: int = 2**60) -> I
              if file.is_file() and file.suffix not in (".bin", ".partial")]
     for i in order(len(files), 0):
         try:
-            with files[i].open(encoding="utf-8") as file:
+            with files[i].open(encoding="utf-8", newline="") as file:       # "\r\n" stays as it is
                 while lines := file.readlines(2**20):
                     text = tokenizer.encode_batch_fast(["".join(lines)], add_special_tokens=False)[0]
                     yield np.array(text.ids, np.uint32)
@@ -679,9 +679,10 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
     if args.tokenize_to:
         return tokenize_to(args.tokenize_to, every, tokenizer)
     done = [] if args.eval_only else checkpoints(args.out)
-    if (done or (args.out / "config.json").exists()) and not (args.resume or args.eval_only):
-        raise ValueError(f"{args.out} already holds a model; --resume goes on with its run, another --out "
-                         "begins a new one")
+    model, ours = (done or (args.out / name).exists() for name in ("config.json", "metrics.jsonl"))
+    if model and not args.eval_only and not (args.resume and ours):
+        raise ValueError(f"{args.out} already holds a model; --resume goes on with the run that made it, "
+                         "if its metrics.jsonl is there; another --out begins a new one")
     if not args.eval_only and any(args.out.resolve().is_relative_to(path.resolve()) for path in every):
         raise ValueError(f"--out {args.out} lies in --data, whose files are read as text; name one outside")
     torch.manual_seed(recipe.seed)

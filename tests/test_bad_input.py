@@ -918,7 +918,9 @@ def test_an_unwritable_out_is_refused_before_training(refused, text, tmp_path):
 
 def test_a_new_run_does_not_touch_the_model_that_its_folder_holds(refused, folder, text):
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    refused(train, "--data", text, "--out", folder, *QUICK, words=["already holds a model", "--resume"])
+    for flags in [], ["--resume"]:      # of which there is nothing to resume
+        refused(train, "--data", text, "--out", folder, *QUICK, *flags,
+                words=["already holds a model", "--resume"])
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 

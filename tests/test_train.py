@@ -244,6 +244,12 @@ def test_a_text_that_names_the_end_token_does_not_end_there(tmp_path):
     assert tokenizer.to_str() == byte_tokenizer().to_str()      # what a run saves
 
 
+def test_line_ends_are_tokens_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    tokens = np.concatenate([*train.tokenized([tmp_path], byte_tokenizer())])
+    assert byte_tokenizer().decode(tokens[:-1].tolist()) == "one\r\ntwo\rthree\n"
+
+
 def test_held_out_documents_are_not_trained_on(data):
     source = Source("text", [data], byte_tokenizer(), train.scaled(Recipe(), 10**6))
     training, held_out = source.parts["training"], source.parts["held out"]
