@@ -83,7 +83,7 @@ class Recipe:
     stages: tuple[int, ...] = flag((0,), "tokens seen at which each stage begins, as 0,400000")
     context: tuple[int, ...] = flag((256,), "tokens in a sequence: one number, or one a stage", 1, 2**20)
     mixture: tuple[str, ...] = flag(("text:1",), "sources' shares, as 'web:9 code:1', or one text a stage")
-    lr: float = flag(4e-3, "the learning rate's peak")
+    lr: float = flag(4e-3, "the learning rate's peak, which suits --batch-end sequences")
     decay_factor: float = flag(256.0, "by which the learning rate decays in all", 1)
     weight_decay: float = flag(0.1, "AdamW's, of matrices only")
     beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
@@ -208,8 +208,9 @@ def standard_library() -> list[Path]:
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
 
 
-def named_data(texts: list[str], recipe: Recipe, mixed: bool = False) -> tuple[dict[str, list[Path]], Recipe]:
-    """What the --data flags name, and the recipe with the shares that they give, unless --mixture did."""
+def named_data(texts: list[str], recipe: Recipe, mixed: bool = False,
+               trains: bool = True) -> tuple[dict[str, list[Path]], Recipe]:
+    """What the --data flags name, and to train the recipe with their shares, unless --mixture gave any."""
     paths, shares = defaultdict(list), Counter()
     for text in texts:
         named = re.fullmatch(r"([\w-]+)=(.*?)(?::(\d*\.?\d+))?", text, re.DOTALL)
@@ -224,6 +225,8 @@ def named_data(texts: list[str], recipe: Recipe, mixed: bool = False) -> tuple[d
         if share:
             shares[name] += float(share)        # its paths may bring a part each
     paths = paths or {"text": standard_library()}
+    if not trains:
+        return paths, recipe
     if not mixed and (len(paths) == 1 or shares.keys() == paths.keys()):
         given = " ".join(f"{name}:{shares.get(name, 1)}" for name in paths)
         return paths, replace(recipe, mixture=(given,))
@@ -413,10 +416,10 @@ def prepare(out: Path, steps: int, tokenizer: Tokenizer) -> None:
         file.write(tokenizer.to_str().encode())
     for left in (out / "checkpoints").glob("*.partial"):        # by a run that was killed
         shutil.rmtree(left)
-    # The rows up to the checkpoint: a run that was killed had gone on from there.
-    rows = metrics.read_bytes().splitlines(keepends=True)[:steps] if metrics.exists() else []
+    # The whole rows up to the checkpoint: a run that was killed had gone on from there.
+    rows = re.findall(rb'^(\{"step": (\d+),.*\}\n)', metrics.read_bytes(), re.M) if metrics.exists() else []
     with sample.new_file(metrics) as file:
-        file.writelines(rows)
+        file.writelines(row for row, step in rows if int(step) <= steps)
 
 
 class Writer(dcp.HuggingFaceStorageWriter):
@@ -503,8 +506,9 @@ class Trainer:
         loss = over_ranks(sum(loss.item() for loss in losses)) / count
         self.step, self.tokens = self.step + 1, self.tokens + count
         if not math.isfinite(loss + norm):
-            raise ValueError(f"the loss is {loss} and the norm of its gradient {norm} at step {self.step}; "
-                             "start again with a lower --lr, or with --init-from the model saved last")
+            raise ValueError(f"the loss, {loss}, or the norm of its gradient, {norm}, is not finite at step "
+                             f"{self.step}; start again with a lower --lr, or from the model saved last with "
+                             "--init-from")
         lr = learning_rate(recipe, self.tokens)     # of the step's end: at its start, 0 tokens, it may be 0
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -526,6 +530,9 @@ class Trainer:
                 size += sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
             nats, size = over_ranks(nats), over_ranks(size)
             losses[name] = nats / (len(chosen) * length), nats / math.log(2) / max(size, 1)
+            if not losses[name][0] < 700:       # e^710, as a perplexity, overflows
+                raise ValueError(f"the held-out loss on {name} is {losses[name][0]} nats per token: the "
+                                 "weights are damaged, or --lr was too high")
         return losses
 
     def state(self) -> dict[str, Tensor]:
@@ -619,7 +626,7 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[st
     root = whole - config.n_layer * block
     # FSDP deals out rows of each tensor; rank 0 has the most.
     mine = sum(math.ceil(len(p) / world) * p.numel() // len(p) for p in model.parameters())
-    fixed = {"weights": 4 * mine, "gradients": 4 * mine, "Adam's two averages": 8 * mine,
+    fixed = {"parameters": 4 * mine, "gradients": 4 * mine, "optimizer: Adam's two averages": 8 * mine,
              "logits of 1024 tokens, with gradients": 12 * 1024 * config.vocab_size}
     if world > 1:
         fixed |= {"gathered: embeddings, head, 3 blocks": (root + 3 * block) * dtype.itemsize,
@@ -638,8 +645,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
     """Print the whole run and draw its schedule."""
     decay, world, tokens, steps = recipe.total_tokens - recipe.decay_tokens, args.world_size, 0, 0
     marks = {0, recipe.warmup_tokens, recipe.ramp_tokens, *recipe.stages, decay, recipe.total_tokens}
-    print("phase      tokens       to     steps  context         batch         learning rate"
-          "      lr / sqrt(batch)  mixture")
+    print("stage      tokens       to     steps  context         batch         learning rate"
+          "     noise temperature  mixture")
     for a, b in pairwise(sorted(mark for mark in marks if mark <= recipe.total_tokens)):
         phase = ("warmup" if a < recipe.warmup_tokens else "ramp" if a < recipe.ramp_tokens else
                  "decay" if a >= decay else "stable")
@@ -653,9 +660,10 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
               + " ".join(f"{name} {share:.0%}" for name, share in mixture(recipe, a).items()))
     flops = flops_per_token(config) * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
-    print(f"\n{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
+    print("noise temperature: learning rate / sqrt(batch)\n\n"
+          f"{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({flops / tokens:.3g} a token): on "
           f"{world} H100 {days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / 61:.1%}\n\n"
-          "memory of each GPU in GB, with fp32 weights and bf16 products:")
+          "memory of each GPU in GB, with fp32 parameters and bf16 products:")
     fixed, rows = memory(config, world, torch.bfloat16)
     fixed["CUDA, NCCL and fragments (our guess)"] = 5e9
     fixed["together"] = used = sum(fixed.values())
@@ -663,7 +671,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
         print(f"  {name:54}{size / 1e9:8.2f}")
     for length in dict.fromkeys(recipe.context):
         for name, row in rows.items():
-            print(f"  context {length} {name:>7} --checkpoint-activations{row * length / 1e9:7.2f} GB a row; "
+            print(f"  activations, context {length} {name:>7} --checkpoint-activations"
+                  f"{row * length / 1e9:7.2f} GB a row; "
                   f"80 GB hold --micro-batch {max(80e9 - used, 0) // (row * length):.0f}")
     args.out.mkdir(parents=True, exist_ok=True)
     x = [recipe.total_tokens * i // 1000 for i in range(1001)]
@@ -672,7 +681,7 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
 
 
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
-    paths, recipe = named_data(args.data, recipe, "mixture" in args)
+    paths, recipe = named_data(args.data, recipe, "mixture" in args, not (args.eval_only or args.tokenize_to))
     folder = find(recipe.init_from or args.out) if recipe.init_from or args.eval_only else None
     tokenizer = open_tokenizer(args.tokenizer or (folder and folder / "tokenizer.json"))
     every = sum(paths.values(), [])
@@ -703,14 +712,13 @@ def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
         trainer.resume(done[-1])
     if trainer.rank == 0 and not args.eval_only:
         prepare(args.out, trainer.step, tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+    products = torch.bfloat16 if args.device.type == "cuda" else model.lm_head.weight.dtype     # see shard()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, products in {products}, "
           f"{sum(source.size for source in sources.values()):,} tokens of text, "
           f"{trainer.world} x {args.device}, scan: {scan.default_backend(args.device, 2)}\n"
           f"{recipe}\n{model.config}")
     if args.eval_only:
         for name, (nats, bits) in trainer.held_out(context_length(recipe, recipe.total_tokens)).items():
-            if not nats < 700:      # e^710 overflows
-                raise ValueError(f"the loss on {name} is {nats} nats per token: the weights are damaged")
             print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                   f"{bits:.4f} bits per byte")
         return
@@ -772,7 +780,8 @@ def flags(arguments: list[str]) -> tuple[argparse.Namespace, Recipe, dict]:
     recipe = replace(recipe, **{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
     sizes = {f.name: given[f.name] for f in fields(MambaConfig) if f.name in given}
     if sizes and recipe.init_from:
-        parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
+        named = ", ".join("--" + name.replace("_", "-") for name in sizes)
+        parser.error(f"--init-from brings its own sizes; leave out {named}")
     return args, recipe, SIZES["continue" if recipe.init_from else args.recipe] | sizes
 
 

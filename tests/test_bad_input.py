@@ -952,7 +952,7 @@ def test_a_start_that_is_missing_or_does_not_fit_is_refused(refused, text, tmp_p
     large = {chr(0x4e00 + i): i for i in range(300)} | {train.END: 300}
     word_tokenizer(large).save(str(tmp_path / "tokenizer.json"))
     start(folder, "--tokenizer", tmp_path / "tokenizer.json", words=["257"])
-    start(folder, "--d-model", "8", words=["--init-from", "d_model"])
+    start(folder, "--d-model", "8", words=["--init-from", "--d-model"])
     (folder / "tokenizer.json").unlink()
     start(folder, words=["tokenizer.json"])
 
