@@ -25,14 +25,15 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    raise ImportError('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
+    error = SystemExit if __name__ == "__main__" else ImportError
+    raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
 CHANNELS = tl.constexpr(32)  # of a program; in scan_kernel a thread has one, and sums over n need no shuffles
 STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
-ENDLESS = 1e30       # the length of the step on which a document starts: it forgets everything
+ENDLESS = 1e38       # the length of the step on which a document starts: it forgets everything
 # Triton compiles a kernel anew for a number or address that is a multiple of 16, and for 1: not for these.
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
 
@@ -67,7 +68,7 @@ def load(ptr, at, mask, other: tl.constexpr = 0.0):
 
 
 @triton.jit
-def load_block(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
+def load_all(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
     # A block's rows, all requested before one is used. After the end dt is -inf, so delta is 0: no change.
     xs, dts, zs, gs, resets = (), (), (), (), ()
     for s in tl.static_range(STEPS):
@@ -122,8 +123,7 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
         if kept_ptr is not None and t == due:
             tl.store(kept_ptr + kept * n * d + tile, h, live)
             due, kept = due + keep, kept + 1
-        xs, dts, zs, gs, resets = load_block(
-            x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
+        xs, dts, zs, gs, resets = load_all(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         ys = ()
         for s in tl.static_range(STEPS):
             delta = softplus(dts[s] + bias)
@@ -189,8 +189,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
         t = first + (end - first - 1) // STEPS * STEPS - back
         row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
         block = k * (chunk // STEPS) + (t - first) // STEPS
-        xs, dts, zs, gs, resets = load_block(
-            x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
+        xs, dts, zs, gs, resets = load_all(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
         h = load(blocks_ptr, block * n * d + tile, live)
         deltas, ws, us = (), (), ()
         for s in tl.static_range(STEPS):
@@ -245,7 +244,8 @@ def cut_time(x: Tensor) -> tuple[int, int, int]:
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
                          schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
 def scan(h0, *inputs):
-    """y, the last h, and the states from which the backward starts. h0 and h are (b, n, d)."""
+    """y, the last h, and the states from which the backward starts. h0 and h are (b, n, d); all inputs must
+    be as the kernels ask, which nobody checks here."""
     inputs = [t if t is None else t.contiguous() for t in inputs]
     y, h, kept = empty_outputs(h0, *inputs)
     (b, l, d), n, (chunks, chunk, keep) = y.shape, h.shape[1], cut_time(y)

@@ -83,10 +83,12 @@ def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
             if start is not None and len(instructions) - start > len(loop) and start < len(instructions) - 1:
                 loop = instructions[start:]
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
-    found = {k: int(v) for k, v in usage.items()}
-    if "carry" not in label and "step" not in label:
-        found.update(issue=len(loop) / updates, **{k: loop.count(k) / updates for k in ("MUFU", "SHFL")})
-    return found
+    if "step" in label:                     # one step, and no loop
+        loop, updates = instructions, n
+    if "carry" in label:                    # one state a thread; Triton may have unrolled the loop
+        updates = loop.count("STG")
+    return {k: int(v) for k, v in usage.items()} | {"issue": len(loop) / updates} | {
+        k: loop.count(k) / updates for k in ("MUFU", "SHFL")}
 
 
 def chunks() -> int:
@@ -103,15 +105,27 @@ def traffic() -> dict:
     return {"pass 1: reduce": 2 * row + 2 * tiles, "pass 2: carry": 3 * tiles,
             "pass 3: scan": 4 * row + 3 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
             "backward: carry": 3 * tiles, "backward: adjoint": 6 * row + blocks + sums + 2 * tiles,
-            "backward: sums": sums + tiles}
+            "backward: sums": sums + tiles, "one token: step": 2 * states + 4 * d * n + 4 * row // l}
 
 
 def estimate(label: str, found: dict) -> dict:
     """Milliseconds each resource needs for a layer, at the least; the kernel takes as long as the slowest."""
-    ms = {"HBM": traffic()[label] / HBM * 1e3}
-    for kind, lanes in LANES.items():
-        ms[kind] = b * l * d * n * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3
-    return ms
+    updates = b * d * n * (chunks() if "carry" in label else 1 if "step" in label else l)
+    return {"HBM": traffic()[label] / HBM * 1e3} | {
+        kind: updates * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3 for kind, lanes in LANES.items()}
+
+
+def floors() -> dict[str, dict]:
+    """Milliseconds a forward, and a forward and backward, take of each resource at the least, however made.
+
+    Rows of x, dt, z and y pass once forward, and of x, dt, z, dy, dx, d_dt and dz backward. A state update
+    takes one exp2 and four instructions: delta A, the drive, h and y. The backward, which has no h, repeats
+    three of them and takes nine more: u, dh plus C g, dB, dC, dw, du, dA, d_delta and dh's decay.
+    """
+    row, updates = 2 * b * l * d / HBM * 1e3, b * l * d * n / (SMS * CLOCK) * 1e3
+    return {name: {"HBM": rows * row, "MUFU": exps * updates / LANES["MUFU"],
+                   "issue": instructions * updates / LANES["issue"]}
+            for name, rows, exps, instructions in (("forward", 4, 1, 4), ("forward and backward", 11, 2, 16))}
 
 
 class Live(TorchDispatchMode):
@@ -195,43 +209,45 @@ def measured() -> None:
     inputs = sets()
     for name, scan in scans.items():
         with torch.no_grad():
-            forward = median(scan, inputs)
-        print(f"measured on {torch.cuda.get_device_name()}, {name}: forward {forward:.2f} ms, "
-              f"forward and backward {median(both_ways(scan), inputs):.2f} ms")
+            took = {"forward": median(scan, inputs)}
+        took["forward and backward"] = median(both_ways(scan), inputs)
+        print(f"measured on {torch.cuda.get_device_name()}, {name}: " + ", ".join(
+            f"{way} {ms:.2f} ms ({max(floors()[way].values()) / ms:.0%} of an H100's floor)"
+            for way, ms in took.items()))
 
 
 def main() -> None:
+    if not isinstance(st.scan_kernel, triton.JITFunction):
+        raise SystemExit("the report compiles the kernels, which Triton's interpreter does not: unset "
+                         "TRITON_INTERPRET, which is 1")
     print(f"One layer of the 7B, (b, l, d, n) = {SIZES}, in {chunks()} chunks, Triton {triton.__version__}.\n"
-          f"upd = state update: there are {b * l * d * n / 1e9:.2f} G. Estimates, not measurements: the ms "
-          f"each resource of an H100 SXM\nneeds at least; * is the slowest.\n")
+          f"upd = state update: there are {b * l * d * n / 1e9:.2f} G, for a carry one a chunk, for a token "
+          "one. Estimates, not measurements:\nthe ms each resource of an H100 SXM needs at least; * is the "
+          "slowest.\n")
     print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
           f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6}")
     total = {"forward": 0.0, "backward": 0.0}
-    floor = {k: 0.0 for k in ("HBM", "MUFU", "issue", "SHFL")}
     for label in (*KERNELS, "backward: sums"):
         for target in TARGETS if label in KERNELS else ("sm_90",):
             found = count(label, target) if label in KERNELS else {}
             widths = dict(REG=4, STACK=5, LOCAL=5, SHARED=6).items()
             line = f"{label:18} {target:7} " + " ".join(f"{found.get(k, '-'):>{w}}" for k, w in widths)
-            if "issue" in found:
-                line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
-            elif label in traffic():
-                line += " " * 19
-            if target == "sm_90" and label in traffic():
+            line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}" if "issue" in found else " " * 19
+            if target == "sm_90":
                 ms = estimate(label, found)
-                line += f" {traffic()[label] / 1e6:6.0f}"
-                line += "".join(f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}" for k in floor)
-                total["backward" if "backward" in label else "forward"] += max(ms.values())
+                line += f" {traffic()[label] / 1e6:6.0f}" + "".join(
+                    f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}"
+                    for k in ("HBM", "MUFU", "issue", "SHFL"))
+                if "token" not in label:
+                    total["backward" if "backward" in label else "forward"] += max(ms.values())
             print(line.rstrip())
-    updates, row = b * l * d * n / (SMS * CLOCK) * 1e3, 2 * b * l * d
     kept, scratch = memory()
     print(f"\nestimated: forward {total['forward']:.2f} ms, backward {total['backward']:.2f} ms, "
-          f"both {sum(total.values()):.2f} ms\n"
-          f"floors of a forward: HBM {4 * row / HBM * 1e3:.2f} ms (x, dt, z, y once), MUFU "
-          f"{updates / LANES['MUFU']:.2f} ms (one exp2 an update), issue "
-          f"{updates * 4 / LANES['issue']:.2f} ms (four instructions an update)\n"
-          f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / row:.3f} of x in bf16); "
-          f"scratch of a backward: {scratch / 1e6:.0f} MB")
+          f"both {sum(total.values()):.2f} ms")
+    for way, ms in floors().items():
+        print(f"floors of a {way}: " + ", ".join(f"{kind} {value:.2f} ms" for kind, value in ms.items()))
+    print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / (2 * b * l * d):.3f} of x in "
+          f"bf16); scratch of a backward: {scratch / 1e6:.0f} MB")
     if torch.cuda.is_available():
         measured()
     else:
