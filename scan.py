@@ -80,20 +80,19 @@ LOG2_E = math.log2(math.e)      # exp(v) = exp2(v LOG2_E), and PyTorch's exp2 is
 
 def gated(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     """What was read from the states, with the skip and then the gate, all (b, l, d)."""
-    y = torch.addcmul(y, D, x)
+    y = y + D * x
     return y if z is None else y * F.silu(z)                         # without z there is no gate
 
 
 def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
     """One step after the other. Autograd differentiates it, and to do so keeps every state: (b, l, d, n)."""
     y, delta = [], F.softplus(dt + dt_bias)                          # (b, l, d)
-    w = delta * x                                                    # (b, l, d)
     for t in range(x.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
-        decay = torch.exp2((delta[:, t] * LOG2_E)[..., None] * A)    # (b, d, n)
-        drive = w[:, t, :, None] * B[:, t, None]                     # (b, d, n)
-        h = torch.addcmul(drive, decay, h)                           # (b, d, n): decay h + drive
+        decay = torch.exp(delta[:, t, :, None] * A)                  # (b, d, n)
+        drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
+        h = decay * h + drive                                        # (b, d, n)
         y.append(h @ C[:, t, :, None])                               # (b, d, 1)
     return gated(torch.stack(y, dim=1)[..., 0], x, D, z), h          # (b, l, d), (b, d, n)
 
@@ -109,7 +108,7 @@ def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """All steps at once, in 2 log2(l) parallel steps and O(l) work, holding a few times (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
-    decay = torch.exp2((delta * LOG2_E)[..., None] * A)              # (b, l, d, n)
+    decay = torch.exp(delta[..., None] * A)                          # (b, l, d, n)
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
     drive = (delta * x)[..., None] * B[:, :, None, :]                # (b, l, d, n)
@@ -124,7 +123,7 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
         return drive
     a1, b1 = decay[:, :-1:2], drive[:, :-1:2]                        # steps 0, 2, 4, ... with one after it
     a2, b2 = decay[:, 1::2], drive[:, 1::2]                          # 1, 3, 5, ...: the one after it
-    odd = merge_pairs(a2 * a1, torch.addcmul(b2, a2, b1))            # h_1, h_3, h_5, ...: half as long
+    odd = merge_pairs(a2 * a1, a2 * b1 + b2)                         # h_1, h_3, h_5, ...: half as long
     h = drive.clone()                                                # h_0 is right already
     h[:, 1::2] = odd
     h[:, 2::2] += decay[:, 2::2] * odd[:, :(drive.shape[1] - 1) // 2]    # h_2 = a_2 h_1 + b_2, h_4, ...
