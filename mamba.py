@@ -42,13 +42,9 @@ PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state"
              "conv_bias": "use_conv_bias", "tie_embeddings": "tie_word_embeddings"}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written. Its text is one sentence for whoever asked for it."""
-
-
 @dataclass
 class MambaConfig:
-    """The sizes of a model; by default the 7B's. CheckpointError for a value that no model can have."""
+    """The sizes of a model; by default the 7B's. ValueError for a value that no model can have."""
     vocab_size: int = 65024
     d_model: int = 4096
     n_layer: int = 64
@@ -77,20 +73,20 @@ class MambaConfig:
             high = 2**10 if f.name == "n_layer" else 2**20      # a broken file shall not ask for all memory
             low, high = {bool: (False, True), float: (1e-30, 1), int: (low, high)}[f.type]
             if type(value) is not f.type or not low <= value <= high:
-                raise CheckpointError(f"{f.name} ({PUBLISHED.get(f.name, f.name)}) is {value!r:.50}, but "
-                                      f"must be {f.type.__name__} from {low} to {high}")
+                raise ValueError(f"{f.name} ({PUBLISHED.get(f.name, f.name)}) is {value!r:.50}, but must be "
+                                 f"{f.type.__name__} from {low} to {high}")
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":
-        """Read a published config.json; CheckpointError if missing, broken, or another architecture's."""
+        """Read a published config.json; ValueError if missing, broken, or another architecture's."""
         raw = {"hidden_act": "silu", "tie_word_embeddings": True} | read_json(path)    # as the reference does
         for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
             if raw.get(name) != ours:
-                raise CheckpointError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
+                raise ValueError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
         names = {PUBLISHED.get(f.name, f.name): f.name for f in fields(cls)} | {"expand": "expand"}
         config = {names[k]: v for k, v in raw.items() if k in names and v not in (None, "auto")}
         if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
-            raise CheckpointError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
+            raise ValueError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
         if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
             config["eos_token_id"] = config["eos_token_id"][0]
         return cls(**config)
@@ -253,7 +249,7 @@ class Mamba(nn.Module):
         On a CPU in the checkpoint's own dtype (dtype None) the weights stay in the mapped files, uncopied.
         A_log, D, the convolution and dt_proj's bias are small and exact: they become fp32 whatever the dtype.
         `replace` is given each in_proj, x_proj and out_proj once loaded; what it returns takes its place.
-        CheckpointError, in one sentence, for anything that is missing, broken, or does not fit together.
+        ValueError, in one sentence, for anything that is missing, broken, or does not fit together.
         """
         folder = find(source)
         config = MambaConfig.from_json(folder / "config.json")
@@ -268,7 +264,7 @@ class Mamba(nn.Module):
         wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
                  for name in needs | has if has.get(name) != needs.get(name)]
         if wrong:
-            raise CheckpointError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
+            raise ValueError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
                                   f"{', '.join(wrong[:4])}")
         dtype = dtype or stored["backbone.embeddings.weight"].dtype
         for name in needs:
@@ -285,7 +281,7 @@ class Mamba(nn.Module):
         """Write config.json and model.safetensors, which transformers loads as they are.
 
         `tensors`, from name to value, stand in for the model's own where those are divided among machines.
-        CheckpointError if they cannot be written; what was there before is then left as it was, unless moving
+        OSError if they cannot be written; what was there before is then left as it was, unless moving
         the second file fails. (One file of weights, however large: reading maps it into memory.)
         """
         folder = Path(folder)
@@ -304,7 +300,7 @@ class Mamba(nn.Module):
             os.replace(new / "model.safetensors", folder / "model.safetensors")
             os.replace(new / "config.json", folder / "config.json")
         except (OSError, safetensors.SafetensorError) as e:
-            raise CheckpointError(f"cannot write the checkpoint {folder}: {e}") from e
+            raise OSError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -323,11 +319,11 @@ def initialize(model: Mamba) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; CheckpointError if there is none."""
+    """The object in a JSON file; ValueError if there is none."""
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
-        raise CheckpointError(f"{path.parent} is no checkpoint: no JSON object in {path.name} ({e})") from e
+        raise ValueError(f"{path.parent} is no checkpoint: no JSON object in {path.name} ({e})") from e
 
 
 def find(source: str | Path) -> Path:
@@ -336,11 +332,11 @@ def find(source: str | Path) -> Path:
     if os.path.isdir(folder):
         return folder
     if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise CheckpointError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
+        raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
-        raise CheckpointError(f"{name} is no folder here, nor downloaded ({' '.join(str(e).split())[:200]}); "
+        raise ValueError(f"{name} is no folder here, nor downloaded ({' '.join(str(e).split())[:200]}); "
                               "without a network, `python train.py` makes a model for `--model out`") from e
 
 
@@ -353,14 +349,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for name in sorted({*map(str, names)}):
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise CheckpointError(f"{index} has a weight_map to {name!r:.80}, no safetensors file beside it")
+            raise ValueError(f"{index} has a weight_map to {name!r:.80}, no safetensors file beside it")
         try:
             more = safetensors.torch.load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as e:
-            raise CheckpointError(f"{folder / name} is not a whole safetensors file ({str(e)!r:.300}); "
+            raise ValueError(f"{folder / name} is not a whole safetensors file ({str(e)!r:.300}); "
                                   "pickled weights are not read, as they can run any code") from e
         if twice := tensors.keys() & more.keys():
-            raise CheckpointError(f"{folder / name} holds {min(twice)} a second time")
+            raise ValueError(f"{folder / name} holds {min(twice)} a second time")
         tensors |= more
     return tensors
 

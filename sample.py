@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from mamba import Block, CheckpointError, Mamba, State, find
+from mamba import Block, Mamba, State, find
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough to keep the matrix products busy, and memory small
@@ -143,16 +143,16 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, int]:
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{path} is not a state file: {str(e)!r:.300}") from e
+        raise ValueError(f"{path} is not a state file: {str(e)!r:.300}") from e
     wanted = packed(model.blank_state(1), 0)
     has, needs = (      # all floats of 16 bits or more are alike, as --dtype may differ
         {name: f"{[*v.shape]} of {'floats' if v.is_floating_point() and v.itemsize > 1 else v.dtype}"
          for name, v in sorted(tensors.items())} for tensors in (found, wanted))
     if has != needs:
-        raise CheckpointError(f"{path} holds {str(has):.200}, but a state of this model is {needs}")
+        raise ValueError(f"{path} holds {str(has):.200}, but a state of this model is {needs}")
     conv, ssm, last = (found[name].to(like.device, like.dtype) for name, like in wanted.items())
     if not (conv.isfinite().all() and ssm.isfinite().all() and 0 <= last < model.config.vocab_size):
-        raise CheckpointError(f"{path} is damaged: some numbers are not finite, or its last token, "
+        raise ValueError(f"{path} is damaged: some numbers are not finite, or its last token, "
                               f"{last.item()}, is none of the {model.config.vocab_size}")
     return State([*conv.repeat(1, batch, 1, 1)], [*ssm.repeat(1, batch, 1, 1)]), last.item()
 
@@ -172,7 +172,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:      # the library raises plain Exception
-        raise CheckpointError(f"cannot read the tokenizer {path}: {str(e)!r:.300}") from e
+        raise ValueError(f"cannot read the tokenizer {path}: {str(e)!r:.300}") from e
     tokenizer.no_truncation()   # a file may ask for these two
     tokenizer.no_padding()
     return tokenizer
@@ -188,7 +188,7 @@ def nf4(device: torch.device):
     try:
         import bitsandbytes as bnb
     except ImportError:
-        raise CheckpointError("--quantize needs the package bitsandbytes: pip install bitsandbytes") from None
+        raise ValueError("--quantize needs the package bitsandbytes: pip install bitsandbytes") from None
 
     def quantized(linear):
         small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     model = Mamba.from_pretrained(folder, args.device, dtype, nf4(args.device) if args.quantize else None)
     if (size := vocabulary(tokenizer)) > model.config.vocab_size:
-        raise CheckpointError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
+        raise ValueError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
     rows = [encode(tokenizer, prompt) for prompt in prompts]
     state = model.blank_state(len(rows) * args.num_samples)
     if args.load_state:
