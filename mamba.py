@@ -256,9 +256,9 @@ class Mamba(nn.Module):
         stored = read_tensors(folder)
         if config.tie_embeddings:
             stored.pop("lm_head.weight", None)             # some writers store the embedding twice
-        plain = torch.float64, torch.float32, torch.float16, torch.bfloat16
-        has, needs = ({name: [*t.shape] + [t.dtype] * (t.dtype not in plain) for name, t in tensors.items()}
-                      for tensors in (stored, dict(model.named_parameters())))
+        plain = torch.float64, torch.float32, torch.float16, torch.bfloat16     # another does not fit, either
+        has = {name: [*t.shape] if t.dtype in plain else [*t.shape, t.dtype] for name, t in stored.items()}
+        needs = {name: [*p.shape] for name, p in model.named_parameters()}
         wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
                  for name in needs | has if has.get(name) != needs.get(name)]
         if wrong:
