@@ -45,14 +45,14 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     """
     if tokens.shape[1] == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    last = tokens.shape[1] - 1      # which the loop below reads, as it then reads each new token
+    last = tokens.shape[1] - 1      # the prompt's last token is read below, like each new token after it
     for i in range(0, last, PIECE):
         now = slice(i, min(i + PIECE, last))
         _, state = model(tokens[:, now], state, None if reset is None else reset[:, now], last_only=True)
     token, done = tokens[:, last], torch.zeros_like(tokens[:, last], dtype=torch.bool)      # (b,) each
-    step = partial(model, reset=None if reset is None else reset[:, last:])
+    step = partial(model, reset=None if reset is None else reset[:, last:])     # it may start a document
     for i in range(max_new_tokens):
-        if i == 1:      # from the second step on all are alike
+        if i == 1:      # no new token does, so all further steps are alike, and can be recorded
             step = replayed(model, state) if tokens.is_cuda else model
         logits, state = step(token[:, None], state)
         token = choose(logits[:, 0], temperature, top_k, top_p, generator)
