@@ -129,7 +129,7 @@ def stage(recipe: Recipe, tokens: int) -> int:
 
 def context_length(recipe: Recipe, tokens: int) -> int:
     """Tokens in each sequence of that step."""
-    return recipe.context[stage(recipe, tokens) % len(recipe.context)]     # one for all stages, or one each
+    return recipe.context[stage(recipe, tokens) % len(recipe.context)]     # % 1 is 0: one for all stages
 
 
 def mixture(recipe: Recipe, tokens: int) -> dict[str, float]:
@@ -288,7 +288,8 @@ class Source:
                 raise ValueError(f"{name} is {len(paths)} paths, with {self.bin} of {size} bytes; a .bin is "
                                  "a source of its own, with two bytes for each token")
             tokens = np.memmap(self.bin, np.uint16, "r")
-        else:       # what the run reads, and so much more that all runs hold out the same: see below
+        else:       # all that the run reads, and 2**25 tokens more: then its held-out part is at its longest,
+            # and so the same for every run of this text, however short
             enough = recipe.total_tokens + 2**25
             tokens = np.concatenate([*tokenized(paths, tokenizer, enough)] or [np.zeros(0)])
         self.size = len(tokens)
@@ -319,11 +320,12 @@ class Source:
 def training_row(recipe: Recipe, sources: dict[str, Source], tokens: int, i: int) -> np.ndarray:
     """Row i of the step that starts after `tokens`, (l + 1,).
 
-    A run is a row of pieces of the longest context. A stage deals its own from decks of 1000 cards, shuffled,
-    with as many of each source as its share is worth. A source's pieces are numbered on from those of former
-    stages, whose shares tell how many; then deck by deck, and as its cards lay before the deck was shuffled.
-    An epoch reads each piece once, in an order shuffled group by group. (What is left of a piece that its
-    context does not divide is not read.)
+    A run reads pieces as long as the longest context, each cut into rows of the context of now.
+    Which source a piece comes from: a stage deals its pieces from decks of 1000 cards, of which each source
+    has as many as its share is worth; every deck is shuffled anew. Which of that source's pieces it is: the
+    one after those of former stages (their shares tell how many), of former decks, and of the source's cards
+    with lower numbers in this deck. An epoch is once through the source's pieces, shuffled group by group.
+    (What is left of a piece that its context does not divide is not read.)
     """
     now, length, longest = stage(recipe, tokens), context_length(recipe, tokens), max(recipe.context)
     rows, shares = longest // length, mixture(recipe, tokens)                   # rows in a piece
@@ -456,7 +458,9 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, recipe: Recipe, model: Mamba, tokenizer: Tokenizer,
                  sources: dict[str, Source]):
         self.args, self.recipe, self.model, self.tokenizer = args, recipe, model, tokenizer
-        self.sources, self.step, self.tokens, self.group, self.await_saved = sources, 0, 0, None, lambda: None
+        self.sources, self.step, self.tokens = sources, 0, 0
+        self.group = None                       # of the processes that write checkpoints; alone there is none
+        self.await_saved = lambda: None         # waits for the checkpoint that is being written
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.compile:    # unrolled, this loop over time would compile for minutes and run no faster
             scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
@@ -469,7 +473,7 @@ class Trainer:
         if dist.is_initialized():               # bf16 on a GPU; few CPUs multiply it faster
             dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
             shard(self.objective, args.device.type, self.world, dtype)
-            self.group = dist.new_group(backend="gloo")     # for the thread that writes checkpoints
+            self.group = dist.new_group(backend="gloo")     # its own, as a thread writes while others train
         # To look at a model its own dtype will do; to train it, or where it is divided, all weights are fp32.
         model.to(args.device, None if args.eval_only and not dist.is_initialized() else torch.float32)
         self.adam = optimizer(model, recipe)
