@@ -392,7 +392,8 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     The others are rates and scales, whose natural size is not 0: A_log, D, the convolution, biases and norms.
     """
     matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
-    decayed, others = ([p for p in model.parameters() if (p in matrices) == is_in] for is_in in (True, False))
+    decayed = [p for p in model.parameters() if p in matrices]
+    others = [p for p in model.parameters() if p not in matrices]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
@@ -657,7 +658,8 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
         before = steps
         while tokens < b:
             tokens, steps = tokens + batch_size(recipe, tokens) * context_length(recipe, tokens), steps + 1
-        (size, last), (lr, after) = ([f(recipe, t) for t in (a, b)] for f in (batch_size, learning_rate))
+        size, last = batch_size(recipe, a), batch_size(recipe, b)
+        lr, after = learning_rate(recipe, a), learning_rate(recipe, b)
         print(f"{phase:8}{a:9.4g}{b:9.4g}{steps - before:10,}{context_length(recipe, a):9}"
               f"{size:6} -> {last:4}{lr:10.2e} -> {after:.2e}"
               f"{lr / size**.5:10.2e} -> {after / last**.5:.2e}  "
