@@ -263,7 +263,7 @@ class Mamba(nn.Module):
                  for name in needs | has if has.get(name) != needs.get(name)]
         if wrong:
             raise ValueError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
-                                  f"{', '.join(wrong[:4])}")
+                             f"{', '.join(wrong[:4])}")
         dtype = dtype or stored["backbone.embeddings.weight"].dtype
         for name in needs:
             fp32 = dtype == torch.float64 or "conv1d" in name or name.endswith(("A_log", "D", "dt_proj.bias"))
@@ -335,7 +335,7 @@ def find(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
         raise ValueError(f"{name} is no folder here, nor downloaded ({' '.join(str(e).split())[:200]}); "
-                              "without a network, `python train.py` makes a model for `--model out`") from e
+                         "without a network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -352,7 +352,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             more = safetensors.torch.load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as e:
             raise ValueError(f"{folder / name} is not a whole safetensors file ({str(e)!r:.300}); "
-                                  "pickled weights are not read, as they can run any code") from e
+                             "pickled weights are not read, as they can run any code") from e
         if twice := tensors.keys() & more.keys():
             raise ValueError(f"{folder / name} holds {min(twice)} a second time")
         tensors |= more

@@ -153,7 +153,7 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, int]:
     conv, ssm, last = (found[name].to(like.device, like.dtype) for name, like in wanted.items())
     if not (conv.isfinite().all() and ssm.isfinite().all() and 0 <= last < model.config.vocab_size):
         raise ValueError(f"{path} is damaged: some numbers are not finite, or its last token, "
-                              f"{last.item()}, is none of the {model.config.vocab_size}")
+                         f"{last.item()}, is none of the {model.config.vocab_size}")
     return State([*conv.repeat(1, batch, 1, 1)], [*ssm.repeat(1, batch, 1, 1)]), last.item()
 
 

@@ -208,9 +208,8 @@ def standard_library() -> list[Path]:
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
 
 
-def named_data(texts: list[str], recipe: Recipe, mixed: bool = False,
-               trains: bool = True) -> tuple[dict[str, list[Path]], Recipe]:
-    """What the --data flags name, and to train the recipe with their shares, unless --mixture gave any."""
+def named_data(texts: list[str]) -> tuple[dict[str, list[Path]], dict[str, float]]:
+    """What the --data flags name: source -> its paths, and source -> its share, if it has one."""
     paths, shares = defaultdict(list), Counter()
     for text in texts:
         named = re.fullmatch(r"([\w-]+)=(.*?)(?::(\d*\.?\d+))?", text, re.DOTALL)
@@ -224,17 +223,18 @@ def named_data(texts: list[str], recipe: Recipe, mixed: bool = False,
         paths[name].append(Path(path))
         if share:
             shares[name] += float(share)        # its paths may bring a part each
-    paths = paths or {"text": standard_library()}
-    if not trains:
-        return paths, recipe
+    return paths or {"text": standard_library()}, shares
+
+
+def with_shares(recipe: Recipe, paths: dict, shares: dict, mixed: bool) -> Recipe:
+    """The recipe with the shares that --data gives, unless --mixture did; all its sources must be there."""
     if not mixed and (len(paths) == 1 or shares.keys() == paths.keys()):
-        given = " ".join(f"{name}:{shares.get(name, 1)}" for name in paths)
-        return paths, replace(recipe, mixture=(given,))
+        return replace(recipe, mixture=(" ".join(f"{name}:{shares.get(name, 1)}" for name in paths),))
     wanted = {name for start in recipe.stages for name in mixture(recipe, start)}
     if shares or wanted != paths.keys():
         raise ValueError(f"--data names {', '.join(sorted(paths))}, the recipe {', '.join(sorted(wanted))}; "
                          "name the same, or give each a share as name=path:share and leave out --mixture")
-    return paths, recipe
+    return recipe
 
 
 @lru_cache(maxsize=32)
@@ -687,15 +687,17 @@ def plan(args: argparse.Namespace, recipe: Recipe, config: MambaConfig) -> None:
 
 
 def run(args: argparse.Namespace, recipe: Recipe, sizes: dict) -> None:
-    paths, recipe = named_data(args.data, recipe, "mixture" in args, not (args.eval_only or args.tokenize_to))
+    paths, shares = named_data(args.data)
     folder = find(recipe.init_from or args.out) if recipe.init_from or args.eval_only else None
     tokenizer = open_tokenizer(args.tokenizer or (folder and folder / "tokenizer.json"))
     every = sum(paths.values(), [])
     if args.tokenize_to:
         return tokenize_to(args.tokenize_to, every, tokenizer)
+    if not args.eval_only:
+        recipe = with_shares(recipe, paths, shares, "mixture" in args)
     done = [] if args.eval_only else checkpoints(args.out)
-    model, ours = (done or (args.out / name).exists() for name in ("config.json", "metrics.jsonl"))
-    if model and not args.eval_only and not (args.resume and ours):
+    held, ours = (done or (args.out / name).exists() for name in ("config.json", "metrics.jsonl"))
+    if held and not args.eval_only and not (args.resume and ours):
         raise ValueError(f"{args.out} already holds a model; --resume goes on with the run that made it, "
                          "if its metrics.jsonl is there; another --out begins a new one")
     if not args.eval_only and any(args.out.resolve().is_relative_to(path.resolve()) for path in every):

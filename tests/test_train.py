@@ -510,26 +510,31 @@ def copy_of(run, tmp_path, step):
     return tmp_path / "copy"
 
 
+def named(flags, recipe):
+    paths, shares = train.named_data(flags)
+    return paths, train.with_shares(recipe, paths, shares, False)
+
+
 def test_the_shares_of_a_sources_paths_add_up(data):
     flags = [f"code={data}/00.txt:0.5", f"code={data}/01.txt:.25", f"prose={data}:0.25"]
-    paths, recipe = train.named_data(flags, Recipe())
+    paths, recipe = named(flags, Recipe())
     assert [*map(len, paths.values())] == [2, 1] and mixture(recipe, 0) == {"code": 0.75, "prose": 0.25}
 
 
 def test_data_without_shares_takes_the_recipes_and_a_single_source_needs_none(data):
     two = replace(Recipe(), mixture=("a:3 b:1", "b:1"), stages=(0, 9))
-    paths, recipe = train.named_data([f"a={data}", f"b={data}/00.txt"], two)
+    paths, recipe = named([f"a={data}", f"b={data}/00.txt"], two)
     assert recipe == two and paths == {"a": [data], "b": [data / "00.txt"]}
     for flags in ["a=A"], ["A"], ["a=A:0.3"], ["A", "A/00.txt"]:
-        paths, recipe = train.named_data([flag.replace("A", str(data)) for flag in flags], two)
+        paths, recipe = named([flag.replace("A", str(data)) for flag in flags], two)
         assert mixture(recipe, 0) == mixture(recipe, 9) == {name: 1 for name in paths} and len(paths) == 1
     given = [f"a={data}:0", f"b={data}:1"]
-    assert mixture(train.named_data(given, two)[1], 0) == {"a": 0, "b": 1}      # a 0 is a share too
+    assert mixture(named(given, two)[1], 0) == {"a": 0, "b": 1}      # a 0 is a share too
     with pytest.raises(ValueError, match="shares above 0"):
-        train.named_data(given[:1], two)
+        named(given[:1], two)
     for flags in ["a=A", "c=A"], ["a=A:0.5", "b=A"], ["a=A", "b=A", "c=A"]:
         with pytest.raises(ValueError, match="name the same, or give each a share"):
-            train.named_data([flag.replace("A", str(data)) for flag in flags], two)
+            named([flag.replace("A", str(data)) for flag in flags], two)
 
 
 def test_shares_given_twice_are_refused_and_a_mixture_of_other_sources_too(trained, data, tmp_path):
@@ -543,7 +548,7 @@ def test_shares_given_twice_are_refused_and_a_mixture_of_other_sources_too(train
 def test_a_path_that_looks_like_a_name_and_a_share_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b:0.5").write_text("text")
-    assert train.named_data(["a=b:0.5"], Recipe())[0] == {"text": [Path("a=b:0.5")]}
+    assert train.named_data(["a=b:0.5"])[0] == {"text": [Path("a=b:0.5")]}
 
 
 @pytest.mark.parametrize("mixture", ["text:-1 code:3", "text:inf", "text", "text:0", "text:1 code:0.0005"])
@@ -694,7 +699,8 @@ def test_a_loss_that_is_not_finite_is_a_sentence_and_leaves_the_last_checkpoint(
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_it_is_saved(trained, data, tmp_path):
     out, phases = tmp_path / "out", ("--warmup-tokens", 0, "--ramp-tokens", 0, "--decay-tokens", 0)
-    status, _, err = trained("--data", data, "--out", out, *SMALL, "--total-tokens", 256, *phases, "--lr", 1e9)
+    flags = "--data", data, "--out", out, *SMALL, *phases, "--total-tokens", 256, "--lr", 1e9
+    status, _, err = trained(*flags)
     assert status == 1 and "held-out loss on text is" in err and "--lr" in err, err
     assert {p.name for p in out.iterdir()} == {"checkpoints", "metrics.jsonl", "tokenizer.json"}
     assert not any((out / "checkpoints").iterdir())
