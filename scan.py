@@ -38,8 +38,9 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     All arithmetic is fp32. Gradients flow to every float argument and back through h, so a sequence can be
     cut anywhere. ValueError, with both values, for shapes that disagree, l = 0 or an unknown backend.
     """
-    if x.dim() != 3 or x.shape[1] == 0 or A.dim() != 2:
-        raise ValueError(f"x must be (b, l >= 1, d) and A (d, n), but they are {[*x.shape]} and {[*A.shape]}")
+    if x.dim() != 3 or x.shape[1] == 0 or A.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (b, l >= 1, d) of floats and A (d, n), but they are {[*x.shape]} of "
+                         f"{x.dtype} and {[*A.shape]}")
     (b, l, d), n = x.shape, A.shape[1]
     for name, v, *shape in [("dt", dt, b, l, d), ("A", A, d, n), ("B", B, b, l, n), ("C", C, b, l, n),
                             ("D", D, d), ("z", z, b, l, d), ("dt_bias", dt_bias, d), ("h0", h0, b, d, n),

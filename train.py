@@ -74,7 +74,7 @@ def flag(default, help, low=0, high=2**60):
 @dataclass(frozen=True)
 class Recipe:
     """One training run; lengths are in tokens. The defaults are ours: three minutes on two CPU cores."""
-    total_tokens: int = flag(1_200_000, "the run; its phases and stages, unless given, scale with it", 1)
+    total_tokens: int = flag(1_000_000, "the run; its phases and stages, unless given, scale with it", 1)
     warmup_tokens: int = flag(40_000, "learning rate from 0 to its peak")
     ramp_tokens: int = flag(200_000, "batch size from its start to its end")
     decay_tokens: int = flag(400_000, "the last part, in which the learning rate decays")

@@ -358,7 +358,7 @@ def main() -> None:
     add("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(PEERS)} (default all)")
     add("--quick", action="store_true", help="tiny sizes, in seconds: that it runs, not how fast")
     add("--threads", type=int, default=os.cpu_count(), help="of each peer (default %(default)s)")
-    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default %(default)s)")
     add("--save", type=Path, help="a JSON file for the figures; those of other tables in it stay")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -367,6 +367,13 @@ def main() -> None:
         return worker(job, peer, Path(folder), *rest)
     if unknown := {*args.tables} - {*PEERS}:
         parser.error(f"there is no table {', '.join(sorted(unknown))}, only {', '.join(PEERS)}")
+    import torch        # here, as not every worker needs it, and it takes memory
+    if args.threads < 1:
+        parser.error(f"--threads is {args.threads}, but must be 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here that PyTorch can use; leave out --device cuda")
+    if args.save and not args.save.absolute().parent.is_dir():
+        parser.error(f"--save {args.save} is in no folder; make {args.save.parent} first")
     found = {"machine": machine(args.threads, args.device)}
     found |= measure(args.tables or [*PEERS], QUICK if args.quick else FULL, args.device, args.threads)
     print(found["machine"])

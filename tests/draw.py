@@ -221,6 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the README's pictures into assets/.")
     parser.add_argument("metrics", nargs="?", type=Path, help="a run's metrics.jsonl, for a new loss.svg")
     if metrics := parser.parse_args().metrics:
+        if not metrics.is_file():
+            parser.error(f"{metrics} is no file; a run of train.py leaves one in its --out")
         keep(metrics)
     for name, picture in PICTURES.items():
         (ASSETS / name).write_text(picture())

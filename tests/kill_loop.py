@@ -3,6 +3,7 @@
 Each run goes on from what the one before it left, until it is killed with SIGKILL at a random moment, or is
 done. Then the loss curve must be that of a run nobody touched, and the next series begins in a new folder.
 """
+import argparse
 import json
 import os
 import random
@@ -15,6 +16,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sample import number
+
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --batch-start 4 --batch-end 16 "
          "--total-tokens 20000 --warmup-tokens 1000 "
@@ -73,8 +78,11 @@ def kill_loop(kills: int, data: Path, out: Path, untouched: Path, whole: float, 
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Kill a training run again and again, and look what is left.")
+    parser.add_argument("kills", type=number(int, 1, 10**6), help="how many must land before a run is done")
+    kills = parser.parse_args().kills
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data, untouched = folder / "corpus.txt", folder / "untouched"
         data.write_text((ROOT / "mamba.py").read_text() * 3)
-        kill_loop(int(sys.argv[1]), data, folder / "killed", untouched, untouched_run(data, untouched))
+        kill_loop(kills, data, folder / "killed", untouched, untouched_run(data, untouched))

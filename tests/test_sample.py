@@ -181,3 +181,12 @@ def test_a_reader_who_leaves_ends_it_quietly(folder):
     command = f"{sys.executable} {sample.__file__} {flags} | head -c 1"
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout == "a" and "rror" not in ended.stderr
+
+
+def test_a_reader_who_leaves_before_the_state_is_kept_is_told(folder, tmp_path):
+    flags = f"--model {folder} --prompt a --max-new-tokens 3000 --device cpu --save-state {tmp_path / 'kept'}"
+    command = f"{sys.executable} {sample.__file__} {flags} | head -c 1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 1 and last.startswith("sample.py: ") and last.endswith("kept is not written"), last
+    assert not (tmp_path / "kept").exists()

@@ -152,6 +152,13 @@ def test_training_never_holds_a_state_for_every_step():
     assert sum(saved.values()) < 0.6 * 4 * 512 * 64 * 16     # naive and parallel: several times 4 l d n bytes
 
 
+def test_whole_numbers_are_refused():
+    """y would have to be rounded to them."""
+    x, B = torch.ones(1, 4, 2, dtype=torch.int64), torch.randn(1, 4, 3)
+    with pytest.raises(ValueError, match="of floats .* of torch.int64"):
+        selective_scan(x, x, -torch.rand(2, 3), B, B)
+
+
 def test_a_reset_of_numbers_is_refused():
     """Taken as indices it would be silently wrong."""
     x, B = torch.randn(1, 4, 2), torch.randn(1, 4, 3)
