@@ -75,9 +75,9 @@ def flag(default, help, low=0, high=2**60):
 class Recipe:
     """One training run; lengths are in tokens. The defaults are ours: three minutes on two CPU cores."""
     total_tokens: int = flag(1_000_000, "the run; its phases and stages, unless given, scale with it", 1)
-    warmup_tokens: int = flag(40_000, "learning rate from 0 to its peak")
-    ramp_tokens: int = flag(200_000, "batch size from its start to its end")
-    decay_tokens: int = flag(400_000, "the last part, in which the learning rate decays")
+    warmup_tokens: int = flag(30_000, "learning rate from 0 to its peak")
+    ramp_tokens: int = flag(150_000, "batch size from its start to its end")
+    decay_tokens: int = flag(300_000, "the last part, in which the learning rate decays")
     batch_start: int = flag(2, "sequences in the first step", 1, 2**20)
     batch_end: int = flag(8, "sequences in a step after the ramp", 1, 2**20)
     stages: tuple[int, ...] = flag((0,), "tokens seen at which each stage begins, as 0,400000")

@@ -139,7 +139,7 @@ def test_a_shorter_run_keeps_the_shape_of_the_schedule_and_phases_that_do_not_fi
         assert context_length(short, t * GT // 1000) == context_length(SEVEN, t * GT)
     _, recipe, _ = train.flags(["--total-tokens", "9000", "--ramp-tokens", "500"])
     lengths = recipe.total_tokens, recipe.warmup_tokens, recipe.ramp_tokens, recipe.decay_tokens
-    assert lengths == (9000, 300, 500, 3000)
+    assert lengths == (9000, 270, 500, 2700)
     status, _, err = trained("--total-tokens", 1000, "--decay-tokens", 980)
     assert status == 1 and "--total-tokens 1000" in err and "980" in err
 
