@@ -33,7 +33,7 @@ STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjo
 KEEP = 256           # the backward starts from states this many steps apart, at most
 SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
 LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
-ENDLESS = 1e38       # the length of the step on which a document starts: it forgets everything
+ENDLESS = 1e35       # the length of the step on which a document starts: it forgets everything
 # Triton compiles a kernel anew for a number or address that is a multiple of 16, and for 1: not for these.
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
 

@@ -123,10 +123,12 @@ def test_a_document_may_start_at_any_step_of_a_chunk(places, k):
         check(problem(1, 12, 2, 2), reset)
 
 
-def test_a_reset_forgets_everything():
+@pytest.mark.parametrize("fading", [1, 1e-30])
+def test_a_reset_forgets_everything(fading):
     p, reset = problem(1, 9, 2, 2), torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
     reset[:, 5] = True
     with in_chunks(2), torch.no_grad():
+        p["A"] *= fading
         y, h = selective_scan(**p, reset=reset)
         late = {k: v[:, 5:] if k in ("x", "dt", "B", "C", "z") else v for k, v in p.items() if k != "h0"}
         y_alone, h_alone = selective_scan(**late)
