@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import huggingface_hub
@@ -336,7 +337,7 @@ def find(source: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
-        raise ValueError(f"{name} is no folder here, nor downloaded ({' '.join(str(e).split())[:200]}); "
+        raise ValueError(f"{name} is no folder here, nor downloaded ({shorten(str(e), 200)}); "
                          "without a network, `python train.py` makes a model for `--model out`") from e
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors import SafetensorError
@@ -325,8 +326,8 @@ def device(text: str) -> torch.device:
                 triton.runtime.driver.active.utils      # built here, if not yet: it takes a C compiler
         return found.device
     except Exception as e:      # each backend raises its own
-        why = " ".join(str(e).split())[:200]
-        raise argparse.ArgumentTypeError(f"{name!r:.50} is not usable here ({why}); try cpu") from e
+        raise argparse.ArgumentTypeError(f"{name!r:.50} is not usable here ({shorten(str(e), 200)}); "
+                                         "try cpu") from e
 
 
 @contextmanager
