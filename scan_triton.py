@@ -165,7 +165,7 @@ def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwr
     tl.store(carry_ptr + seq * size + i, h, i < size)
 
 
-# Backward: the equations above CHUNK in scan.py, in their names, with u_t = exp(delta_t A) h_{t-1} and
+# Backward: the equations above chunk_steps in scan.py, in their names, with u_t = exp(delta_t A) h_{t-1} and
 # du = d(delta_t A) = dh_t u_t. h cannot be run back: that would divide by decays. So scan_kernel walks each
 # chunk once more, leaves h every STEPS steps in scratch, and sums what the chunk adds to dh: C_t g_t times
 # the decay up to t (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass

@@ -639,9 +639,9 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype) -> tuple[dict[st
                   "whole gradients, where a step takes several passes": 4 * whole}
     # What a block keeps of a token. Of width m: its stream and normed stream in fp32, and that in dtype. Of
     # width d: the convolution's input and output in fp32, and x, dt, z and y in dtype. dt, B and C before
-    # their norms and after. States: one a CHUNK by the CPU's scan, in fp32, and one in 256 by the GPU's.
+    # their norms and after. States: one in 16 by the CPU's scan, in fp32, and one in 256 by the GPU's.
     m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
-    apart, width = scan.CHUNK if dtype == torch.float32 else 256, dtype.itemsize
+    apart, width = 16 if dtype == torch.float32 else 256, dtype.itemsize
     kept = (8 + width) * m + (8 + 4 * width + 4 * n / apart) * d + (4 + width) * r + 16 * n
     return fixed, {"without": config.n_layer * kept, "with": 4 * config.n_layer * m + kept}
 
