@@ -389,7 +389,7 @@ def main() -> None:
     except BrokenPipeError:     # whoever read the text has had enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if args.save_state:
-            raise OSError(f"the text's reader left before its end; {args.save_state} is not written") from None
+            raise OSError(f"the text's reader left early; {args.save_state} is not written") from None
 
 
 if __name__ == "__main__":

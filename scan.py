@@ -76,8 +76,6 @@ def default_backend(device: torch.device, l: int) -> str:
 # Each backend takes the same arguments, all floats in fp32 (or all in float64); only z and reset may still be
 # None. First, the definition.
 
-LOG2_E = math.log2(math.e)      # exp(v) = exp2(v LOG2_E), and PyTorch's exp2 is the faster one on a CPU
-
 
 def gated(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     """What was read from the states, with the skip and then the gate, all (b, l, d)."""
@@ -151,7 +149,8 @@ def chunk_steps(b: int) -> int:
 def run_chunk(decay, hs, x, delta, A, B, C, h, reset):
     """Fill in a chunk's decays and states, both (b, c, n, d), from h, the state before; return C_t . h_t."""
     torch.mul((delta * x)[:, :, None], B[..., None], out=hs)         # the drives, made states one by one
-    torch.mul(delta[:, :, None], A * LOG2_E, out=decay).exp2_()
+    # exp(v) = exp2(v log2(e)), and PyTorch's exp2 is the faster one on a CPU.
+    torch.mul(delta[:, :, None], A * math.log2(math.e), out=decay).exp2_()
     if reset is not None:
         decay[reset] = 0
     for a, now in zip(decay.unbind(1), hs.unbind(1)):
