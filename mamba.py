@@ -74,8 +74,9 @@ class MambaConfig:
             high = 2**10 if f.name == "n_layer" else 2**20      # a broken file shall not ask for all memory
             low, high = {bool: (False, True), float: (1e-30, 1), int: (low, high)}[f.type]
             if type(value) is not f.type or not low <= value <= high:
-                raise ValueError(f"{f.name} ({PUBLISHED.get(f.name, f.name)}) is {value!r:.50}, but must be "
-                                 f"{f.type.__name__} from {low} to {high}")
+                names = {f.name: 0, PUBLISHED.get(f.name, f.name): 0}      # the flag's and the file's, or one
+                raise ValueError(f"{' or '.join(names)} is {value!r:.50}, but must be {f.type.__name__} from "
+                                 f"{low} to {high}")
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":

@@ -78,7 +78,7 @@ def kill_loop(kills: int, data: Path, out: Path, untouched: Path, whole: float, 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Kill a training run again and again, and look what is left.")
+    parser = argparse.ArgumentParser(description="Kill a training run again and again; look what is left.")
     parser.add_argument("kills", type=number(int, 1, 10**6), help="how many must land before a run is done")
     kills = parser.parse_args().kills
     with tempfile.TemporaryDirectory() as name:

@@ -128,6 +128,16 @@ def test_its_flags_exist(capsys, monkeypatch):
         assert f"{flag} " in help or f"{flag}," in help or f"{flag}\n" in help, flag
 
 
+@pytest.mark.parametrize("tool, flags, word", [
+    (bench, "--threads 0", "is 0"), (bench, "--device tpu", "'tpu'"), (bench, "nonsense", "nonsense"),
+    (bench, "--save nowhere/bench.json", "nowhere"), (draw, "nowhere.jsonl", "nowhere.jsonl")])
+def test_what_a_tool_cannot_do_it_says_at_once(capsys, monkeypatch, tool, flags, word):
+    monkeypatch.setattr(sys, "argv", ["", *flags.split()])
+    with pytest.raises(SystemExit) as e:
+        tool.main()
+    assert e.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", draw.PICTURES)
 def test_the_picture_is_what_draw_py_draws(name):
     assert (ROOT / "assets" / name).read_text(encoding="utf-8") == draw.PICTURES[name]()

@@ -188,5 +188,5 @@ def test_a_reader_who_leaves_before_the_state_is_kept_is_told(folder, tmp_path):
     command = f"{sys.executable} {sample.__file__} {flags} | head -c 1"
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     last = ended.stderr.splitlines()[-1]
-    assert ended.returncode == 1 and last.startswith("sample.py: ") and last.endswith("kept is not written"), last
+    assert ended.returncode == 1 and last.startswith("sample.py: ") and "kept is not written" in last
     assert not (tmp_path / "kept").exists()

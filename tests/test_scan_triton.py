@@ -440,6 +440,17 @@ def test_without_triton_the_reader_is_told_what_to_install():
     out = printed("import sys; sys.modules['triton'] = None\n"
                   "try: import scan_triton\nexcept ImportError as e: print(e)")
     assert "pip install triton" in out and out.count("\n") == 1
+    run = printed("import runpy, sys; sys.modules['triton'] = None\n"
+                  "try: runpy.run_path('scan_triton.py', run_name='__main__')\n"
+                  "except SystemExit as e: print(e)")
+    assert run == out
+
+
+@pytest.mark.skipif(GPU, reason="with a GPU the kernels are compiled, and the report runs")
+def test_in_the_interpreter_the_report_says_what_to_unset():
+    import triton_report
+    with pytest.raises(SystemExit, match="unset TRITON_INTERPRET"):
+        triton_report.main()
 
 
 @needs_gpu

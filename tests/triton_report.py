@@ -246,8 +246,8 @@ def main() -> None:
           f"both {sum(total.values()):.2f} ms")
     for way, ms in floors().items():
         print(f"floors of a {way}: " + ", ".join(f"{kind} {value:.2f} ms" for kind, value in ms.items()))
-    print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / (2 * b * l * d):.3f} of x in "
-          f"bf16); scratch of a backward: {scratch / 1e6:.0f} MB")
+    print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / (2 * b * l * d):.3f} of x "
+          f"in bf16); scratch of a backward: {scratch / 1e6:.0f} MB")
     if torch.cuda.is_available():
         measured()
     else:
