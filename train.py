@@ -57,11 +57,10 @@ from mamba import Mamba, MambaConfig, find, read_json, replace_file
 from sample import device, end_tokens, number, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
-DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # The recipe
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -69,7 +68,6 @@ class Stage:
     start: int
     context: int        # tokens in a row
     mixture: str        # each source's share of the rows, as "web:9 code:1"
-
 
 def flag(default, help, low=0, high=2**60, **more):
     """A field that is also a flag on the command line; `more` goes to argparse."""
@@ -79,7 +77,6 @@ def flag(default, help, low=0, high=2**60, **more):
         more["type"] = number(type(default), low, high)
     shown = "" if default in (None, "", False) else f" (default {default})"
     return field(default=default, metadata={"help": help + shown} | more)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -115,7 +112,6 @@ class Recipe:
     def longest(self) -> int:
         return max(stage.context for stage in self.stages)
 
-
 def shares(mixture: str) -> dict[str, float]:
     """Each source's share: "web:9 code:1" -> {"web": 0.9, "code": 0.1}."""
     parts = re.findall(r"(\S+):(\d+\.?\d*|\.\d+)(?:\s+|$)", mixture)
@@ -125,26 +121,21 @@ def shares(mixture: str) -> dict[str, float]:
         raise ValueError(f"--mixture is {mixture!r:.200}, but must be like 'web:9 code:1', each source once")
     return {name: weight / total for name, weight in weights.items()}
 
-
 def stage_at(recipe: Recipe, tokens: int) -> Stage:
     return [stage for stage in recipe.stages if stage.start <= tokens][-1]
-
 
 def context_length(recipe: Recipe, tokens: int) -> int:
     """Tokens in a row of the batch that starts after `tokens` tokens."""
     return stage_at(recipe, tokens).context
 
-
 def progress(tokens: int, length: int) -> float:
     """How much of the first `length` tokens is done, from 0 to 1."""
     return min(tokens / length, 1.0) if length > 0 else 1.0
-
 
 def batch_size(recipe: Recipe, tokens: int) -> int:
     """Rows in the batch that starts after `tokens` tokens."""
     growth = recipe.batch_end - recipe.batch_start
     return round(recipe.batch_start + growth * progress(tokens, recipe.ramp_tokens))
-
 
 def learning_rate(recipe: Recipe, tokens: int) -> float:
     """Warmup, stable, decay, times sqrt(batch / lr_batch), which the report calls BatchScaling.
@@ -160,7 +151,6 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
         rate *= recipe.decay_factor ** -progress(decaying, recipe.decay_tokens)
     return rate
 
-
 def scaled(recipe: Recipe, total: int) -> Recipe:
     """The same recipe over another number of tokens: each phase and stage keeps its share."""
     def scale(tokens: int) -> int:
@@ -169,7 +159,6 @@ def scaled(recipe: Recipe, total: int) -> Recipe:
     return replace(recipe, total_tokens=total, warmup_tokens=scale(recipe.warmup_tokens),
                    ramp_tokens=scale(recipe.ramp_tokens), decay_tokens=scale(recipe.decay_tokens),
                    stages=tuple(replace(stage, start=scale(stage.start)) for stage in recipe.stages))
-
 
 FALCON = Recipe(
     total_tokens=5500 * GT,             # model card; the report's abstract says 5.8 trillion
@@ -182,12 +171,13 @@ FALCON = Recipe(
     weight_decay=0.1,                   # model card
     beta1=0.9, beta2=0.95,              # secondary
     clip=1.0,                           # our choice
-    # Report: the context grows from 2048 to 8192. Most text is RefinedWeb; technical text, code and
-    # mathematics follow. Secondary: four stages at a constant rate, then the decay, with FineWeb-Edu,
-    # synthetic text and instructions. Our choice: the starts, the shares, 4096, and one stage fewer.
+    # Report: the context grows from 2048 to 8192, and technical text, code and mathematics follow the
+    # web's. Secondary: four stages at a constant rate, then the decay, which adds FineWeb-Edu, synthetic
+    # text and instructions. Our choice: where a stage starts, all shares, and 4096 in between.
     stages=(Stage(0, 2048, "refinedweb:90 technical:4 code:4 math:2"),
-            Stage(2500 * GT, 4096, "refinedweb:82 technical:7 code:7 math:4"),
-            Stage(4000 * GT, 8192, "refinedweb:74 technical:10 code:10 math:6"),
+            Stage(2000 * GT, 4096, "refinedweb:82 technical:7 code:7 math:4"),
+            Stage(3500 * GT, 8192, "refinedweb:78 technical:9 code:8 math:5"),
+            Stage(4500 * GT, 8192, "refinedweb:70 technical:11 code:12 math:7"),
             Stage(5000 * GT, 8192, "refinedweb:45 finewebedu:25 technical:10 code:12 math:8")))
 # The published pre-decay checkpoint is the model before that decay. Its optimizer's state was not
 # published, so the learning rate must warm up again: over 2 GT, our choice.
@@ -201,7 +191,6 @@ TINY = {"d_model": 128, "n_layer": 4, "initializer_range": 0.02}
 # The data. A source is text, in files or folders, or a corpus: a folder of tokens.bin and the
 # tokenizer.json that made it.
 
-
 def byte_tokenizer() -> Tokenizer:
     """One token a byte, which ByteLevel writes as a visible character; token 256 ends a document."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -210,7 +199,6 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     return tokenizer
-
 
 def end_of_document(tokenizer: Tokenizer, model: Path | None) -> int:
     """The token that closes a document, by its usual names, or the one at which the model ends."""
@@ -222,13 +210,11 @@ def end_of_document(tokenizer: Tokenizer, model: Path | None) -> int:
         raise ValueError("the tokenizer has no token <|endoftext|>, which must close a document")
     return ends[0]
 
-
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has."""
     root = Path(sysconfig.get_path("stdlib"))
     others = {"site-packages", "test", "tests", "encodings", "pydoc_data"}      # the last two are tables
     return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
-
 
 def named_paths(texts: list[str]) -> dict[str, list[Path]]:
     """Source -> its paths, from --data: each text is name=path, or a path of the source "text"."""
@@ -241,11 +227,9 @@ def named_paths(texts: list[str]) -> dict[str, list[Path]]:
             raise ValueError(f"there is no {path or repr(path)}, which --data names; it takes name=path, and "
                              "--mixture takes the shares")
         if Path(path).suffix == ".bin":
-            raise ValueError(f"{path} does not say which tokenizer made it; let --tokenize-to write a "
-                             "folder, which holds the tokenizer beside the tokens")
+            raise ValueError(f"{path} does not say which tokenizer made it; --tokenize-to writes a folder that does")
         paths[name].append(Path(path))
     return paths or {"text": standard_library()}
-
 
 def text_files(paths: list[Path]) -> list[Path]:
     """These files, and the files in these folders that are not hidden, in a shuffled order."""
@@ -257,7 +241,6 @@ def text_files(paths: list[Path]) -> list[Path]:
                 files.append(inside)
     return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
 
-
 def text_pieces(path: Path) -> Iterator[str]:
     """A file's text, in pieces that are small, however long its lines are."""
     with path.open(encoding="utf-8", newline="") as file:           # "\r\n" stays what it is
@@ -266,10 +249,8 @@ def text_pieces(path: Path) -> Iterator[str]:
             yield piece + file.readline(2**12)      # to a line's end, if it is near: a cut word has other tokens
             piece = file.read(2**18)
 
-
 def token_type(tokenizer: Tokenizer) -> type:
     return np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32
-
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.ndarray]:
     """The tokens of all this text, piece by piece, with `end` after each file."""
@@ -289,7 +270,6 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.
         yield np.array([end], token_type(tokenizer))
     bar.close()
 
-
 def tokenize_to(folder: Path, paths: list[Path], tokenizer: Tokenizer, end: int) -> None:
     """Write a corpus, whose tokens training maps into memory."""
     if folder.exists():
@@ -301,30 +281,24 @@ def tokenize_to(folder: Path, paths: list[Path], tokenizer: Tokenizer, end: int)
     count = 0
     with (partial / "tokens.bin").open("wb") as file:
         for part in tokenized(paths, tokenizer, end):
-            count += len(part)
             file.write(part.tobytes())
-    if count == 0:
-        raise ValueError(f"there is no text in {', '.join(map(str, paths))}")
+            count += len(part)
     partial.rename(folder)
     print(f"{folder}: {count:,} tokens")
-
 
 def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
     """Map a corpus into memory. ValueError if another tokenizer than the model's made it."""
     other = read_tokenizer(folder / "tokenizer.json")
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"the corpus {folder} is of another tokenizer, of {vocabulary(other)} tokens, than "
-                         f"the model, of {vocabulary(tokenizer)}; make it again with the model's")
-    file = folder / "tokens.bin"
+                         f"the model, of {vocabulary(tokenizer)}; make it again with the model's --tokenizer")
+    data = np.memmap(folder / "tokens.bin", np.uint8, "r")
     kind = np.dtype(token_type(tokenizer))
-    size = file.stat().st_size
-    tokens = np.memmap(file, kind, "r", shape=size // kind.itemsize) if size else []
-    # A file that was cut short does not end with the end of a document. Nor does one in other numbers.
-    if size == 0 or size % kind.itemsize != 0 or tokens[-1] != end:
-        raise ValueError(f"{file}, {size} bytes, does not end with the token {end} in {kind}: it was cut short, "
-                         "or something else than --tokenize-to made it")
+    tokens = data[:len(data) // kind.itemsize * kind.itemsize].view(kind)
+    if len(data) % kind.itemsize != 0 or tokens[-1] != end:     # cut short, or in numbers of another width
+        raise ValueError(f"{folder}/tokens.bin does not end with a document, as {kind} {end}; make it again with "
+                         "--tokenize-to")
     return tokens
-
 
 @dataclass
 class Source:
@@ -348,7 +322,6 @@ class Source:
         start = (first + visited * stride) % pieces * longest + inside
         return self.training[start:start + context + 1]
 
-
 def read_source(name: str, paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
     """Read a source's text, or map its corpus. The beginning is held out for evaluation."""
     corpora = [path for path in paths if (path / "tokens.bin").exists()]
@@ -367,7 +340,6 @@ def read_source(name: str, paths: list[Path], tokenizer: Tokenizer, end: int) ->
         cut += int(ends[0]) + 1
     return Source(held_out=tokens[:cut], training=tokens[cut:])
 
-
 def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
                 read: dict[str, int]) -> list[np.ndarray]:
     """The rows of the batch that starts after `tokens` tokens.
@@ -385,39 +357,30 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
         read[name] = begin + stage.context
     return rows
 
-
-def fitted(recipe: Recipe, sources: dict[str, Source], given: dict) -> Recipe:
+def fitted(recipe: Recipe, sources: dict[str, Source], given: set[str]) -> Recipe:
     """The recipe for continuing, fitted to the data wherever the command line leaves it free.
 
     No source is read twice. The held-out text has eight rows or more, and the run 200 steps or more: with
     little text a batch has few rows, and the learning rate follows. These numbers are our choice.
     """
     stage = recipe.stages[0]
-    if "context" not in given:
-        shortest = min(len(source.held_out) for source in sources.values())
-        while stage.context > 64 and stage.context * 8 >= shortest:
-            stage = replace(stage, context=stage.context // 2)
+    shortest = min(len(source.held_out) for source in sources.values())
+    while "context" not in given and stage.context > 64 and stage.context * 8 >= shortest:
+        stage = replace(stage, context=stage.context // 2)
     if "total_tokens" not in given:
         share = shares(stage.mixture)
-        epochs = [len(sources[name].training) / share[name] for name in sources if share[name] > 0]
+        epochs = [len(sources[name].training) / share[name] for name in share if share[name] > 0]
         recipe = scaled(recipe, int(min(epochs)))
     if "batch_end" not in given:
         rows = recipe.total_tokens // (200 * stage.context)
         recipe = replace(recipe, batch_end=min(max(rows, 1), recipe.batch_end))
     return replace(recipe, stages=(stage,))
 
-
-def check_sources(recipe: Recipe, sources: dict[str, Source]) -> None:
-    """ValueError if the sources are not those of the recipe, or have too little text for a row."""
-    wanted = {name for stage in recipe.stages for name in shares(stage.mixture)}
-    if wanted != sources.keys():
-        raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture {', '.join(sorted(wanted))}; "
-                         "name the same with --data name=path and --mixture 'name:share ...'")
-    context = recipe.longest
+def check_lengths(recipe: Recipe, sources: dict[str, Source]) -> None:
     for name, source in sources.items():
         for part, tokens in vars(source).items():
-            if len(tokens) <= context:              # a row's last target is one token more
-                raise ValueError(f"{name} has {len(tokens)} {part} tokens, too few for --context {context}; "
+            if len(tokens) <= recipe.longest:           # a row's last target is one token more
+                raise ValueError(f"{name} has {len(tokens)} {part} tokens, too few for --context {recipe.longest}; "
                                  "give it more text, or a smaller --context")
 
 
@@ -425,7 +388,6 @@ def check_sources(recipe: Recipe, sources: dict[str, Source]) -> None:
 
 # Activation checkpointing: keep a function's arguments alone, and run it again for the backward pass.
 rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
 
 class Objective(nn.Module):
     """The model with its loss. One module, because FSDP gathers weights when a module is called."""
@@ -456,14 +418,11 @@ class Objective(nn.Module):
 
 # Many GPUs. torchrun starts a process for each. Without it, on a CPU, there is no process group.
 
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
 
 def over_ranks(value: float) -> float:
     """The sum of a number over all ranks."""
@@ -471,7 +430,6 @@ def over_ranks(value: float) -> float:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
-
 
 def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool = False) -> None:
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers a block's as it runs.
@@ -489,8 +447,7 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
         fully_shard(block, **options)                               # the rest of the block
     fully_shard(objective, mp_policy=policy, **options)             # embeddings, last norm, lm_head
 
-
-def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
+def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
     """The objective on this rank's device, with the weights of `whole`, which only rank 0 needs.
 
     With several ranks, no other one and no GPU ever holds all of it: weights travel tensor by tensor.
@@ -499,6 +456,7 @@ def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -
     if dist.is_initialized():
         with torch.device("meta"):                              # shapes without memory
             model = Mamba(config)
+    model.config = config
     objective = Objective(model, end)
     if args.compile:    # this loop over time would be unrolled: minutes to compile, and no faster
         scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
@@ -522,7 +480,6 @@ def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -
 
 # The trainer
 
-
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays the matrices of linear and embedding layers only.
 
@@ -534,7 +491,6 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
-
 
 class Trainer:
     """A model, its optimizer and its data, and how far training has come."""
@@ -664,21 +620,17 @@ class Trainer:
                 weights[name] = gathered.pop(name).to(self.export_dtype, copy=True)
             self.objective.model.save_pretrained(self.args.out, weights)
 
-
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted((out / "checkpoints").glob("step-*[0-9]"))
-
 
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     replace_file(partial, path)
 
-
 def write_tokenizer(out, tokenizer, end, folder):
     write_text(out / "tokenizer.json", tokenizer.to_str())
-
 
 def prepare(out: Path, steps: int) -> None:
     """The folder of a run that has done `steps` steps. What a killed run left beyond them goes."""
@@ -689,10 +641,9 @@ def prepare(out: Path, steps: int) -> None:
     rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     write_text(metrics, "".join(rows[:steps]))
 
-
 def train(trainer: Trainer) -> bool:
     """Train to the recipe's end, or until Ctrl-C or SIGTERM. Returns whether it is the end."""
-    from tests.plan import utilization      # here: that file imports this one
+    from tests.plan import utilization
     args = trainer.args
     total = trainer.recipe.total_tokens
     signals = []
@@ -737,19 +688,16 @@ def train(trainer: Trainer) -> bool:
 
 # The command line
 
-
 @dataclass
 class Options:
     """How to run, beside the recipe and the sizes of the model."""
-    recipe: str = flag(None, "where all that is not given comes from (default tiny; with --init-from, continue)",
-                       choices=RECIPES)
-    data: list[str] = flag(None, "a source: a text file, a folder of them, or a corpus; repeat for more (default: "
-                           "Python's standard library)", action="append", metavar="NAME=PATH")
+    recipe: str = flag(None, "where all else comes from (default tiny, or continue with --init-from)", choices=RECIPES)
+    data: list[str] = flag(None, "a source: text file, folder of them, or corpus; repeat for more (default: Python's "
+                           "standard library)", action="append", metavar="NAME=PATH")
     mixture: str = flag(None, "the sources' shares, as 'web:9 code:1'")
     context: int = flag(None, "tokens in a row", type=number(int, 1, 2**20))
-    out: Path = flag("out", "folder for all results", type=Path)
-    tokenizer: Path = flag(None, "a tokenizer.json (default: that of --init-from or of a corpus; else one token a "
-                           "byte)", type=Path)
+    out: Path = flag(Path("out"), "folder for all results", type=Path)
+    tokenizer: Path = flag(None, "a tokenizer.json (default: the model's, the corpus's, or one token a byte)", type=Path)
     tokenize_to: Path = flag(None, "only write --data to this folder, as a corpus", type=Path)
     resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
     eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
@@ -762,12 +710,10 @@ class Options:
     compile: bool = flag(False, "torch.compile the blocks")
     checkpoint_every: int = flag(100, "steps", 1)
     export_every: int = flag(1000, "steps between published models; the last one is always written", 1)
-    export_dtype: str = flag(None, "of the published model (default: that of --init-from, or fp32)",
-                             choices=[*DTYPES][1:])
+    export_dtype: str = flag(None, "of the published model (default: that of --init-from, or fp32)", choices=DTYPES)
     eval_every: int = flag(200, "steps", 1)
     keep: int = flag(2, "checkpoints", 1)
     device: torch.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one", type=device)
-
 
 def parse(arguments: list[str]) -> tuple[Options, Recipe, dict, set[str]]:
     """The options, the recipe, the sizes of a fresh model, and the names of all flags that were given."""
@@ -797,7 +743,6 @@ def parse(arguments: list[str]) -> tuple[Options, Recipe, dict, set[str]]:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(pick(sizes))}")
     return options, recipe, pick(sizes), set(given)
 
-
 def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Trainer | None:
     """Read the data and the model, which must fit each other. None if --tokenize-to was all to do."""
     paths = named_paths(args.data or [])
@@ -825,9 +770,13 @@ def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Train
     if args.eval_only or len(sources) == 1 and not args.mixture:
         all_alike = " ".join(f"{name}:1" for name in sources)
         recipe = replace(recipe, stages=tuple(replace(stage, mixture=all_alike) for stage in recipe.stages))
+    wanted = {name for stage in recipe.stages for name in shares(stage.mixture)}
+    if wanted != sources.keys():
+        raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture {', '.join(sorted(wanted))}; "
+                         "name the same with --data name=path and --mixture 'name:share ...'")
     if args.recipe == "continue":
         recipe = fitted(recipe, sources, given)
-    check_sources(recipe, sources)
+    check_lengths(recipe, sources)
     config = make_config(args, folder, sizes, vocabulary(tokenizer), end)
     if vocabulary(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {vocabulary(tokenizer)} tokens, the model {config.vocab_size}; name "
@@ -841,7 +790,7 @@ def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Train
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
     trainer = Trainer(args, recipe, build(args, config, end, whole), tokenizer, sources)
     if whole:
-        trainer.export_dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
+        trainer.export_dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype)
     if done:
         trainer.resume(done[-1])
     if rank() == 0 and not args.eval_only:
@@ -849,27 +798,16 @@ def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Train
         write_tokenizer(args.out, tokenizer, end, folder)
     return trainer
 
-
 def make_config(args: Options, folder: Path | None, sizes: dict, vocab_size: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one."""
     if folder:
-        return MambaConfig.from_json(folder / "config.json")
+        config = MambaConfig.from_json(folder / "config.json")
+        if config.eos_token_id == 0:        # transformers' default, which the pre-decay file has: no end of text
+            config.eos_token_id = end
+        return config
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     tiny = TINY if args.recipe == "tiny" else {}
     return MambaConfig(**{"vocab_size": vocab_size} | ids | tiny | sizes)
-
-
-def print_plan(args: Options, recipe: Recipe, sizes: dict) -> None:
-    from tests.plan import plan
-    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else byte_tokenizer()
-    folder = Path(recipe.init_from) if recipe.init_from else None
-    vocab_size = vocabulary(tokenizer)
-    if args.recipe != "tiny" and not args.tokenizer:
-        vocab_size = MambaConfig.vocab_size             # the 7B's
-    if folder and not folder.exists() and "mamba-7b" in str(folder).lower():
-        folder = None                                   # on the hub; all of these have the 7B's sizes
-    plan(recipe, make_config(args, folder, sizes, vocab_size, 0), args.world_size, args.mfu, args.offload)
-
 
 def run(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> None:
     begin = time.perf_counter()
@@ -892,7 +830,6 @@ def run(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> None:
     else:
         print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
 
-
 def start_processes(device: torch.device) -> None:
     """Join the other ranks, if torchrun started us. FSDP, which brings bf16, wants a GPU to join, too."""
     alone = "RANK" not in os.environ
@@ -909,7 +846,6 @@ def start_processes(device: torch.device) -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")                      # rank 0 speaks for all
 
-
 def main() -> None:
     # Harmless: FSDP's warning of views, of a state that we drop; dcp's of running without processes.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
@@ -917,6 +853,7 @@ def main() -> None:
     try:
         args, recipe, sizes, given = parse(sys.argv[1:])
         if args.plan:
+            from tests.plan import print_plan           # here: that file imports this one
             return print_plan(args, recipe, sizes)
         start_processes(args.device)
         run(args, recipe, sizes, given)
@@ -930,7 +867,6 @@ def main() -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
