@@ -75,7 +75,7 @@ def flag(default, help, low=0, high=2**60, **more):
         more["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, int | float):
         more["type"] = number(type(default), low, high)
-    shown = "" if default in (None, "", False) else f" (default {default})"
+    shown = "" if default is False or default in (None, "") else f" (default {default})"
     return field(default=default, metadata={"help": help + shown} | more)
 
 @dataclass(frozen=True)
@@ -490,7 +490,7 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
     others = [p for p in model.parameters() if p not in matrices]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
+    return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8, fused=True)
 
 class Trainer:
     """A model, its optimizer and its data, and how far training has come."""
