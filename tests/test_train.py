@@ -1,5 +1,4 @@
 """train.py's claims, with real processes where they speak of some. Longer: python tests/kill_loop.py 200"""
-import contextlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -560,9 +559,173 @@ def test_after_a_resume_each_step_stands_in_the_metrics_once(trained, uninterrup
     assert len(list((at_9 / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("flag, name, before", [
-    ("--lr 0.001", "lr", "0.004"), ("--d-state 4", "d_state", "8"), ("--seed 7", "seed", "0"),
-    ("--total-tokens 30000", "total_tokens", "20000"), ("--vocab-size 300", "vocab_size", "257"),
-    ("--data {other}", "data", "text"), ("--data {corpus} --tokenizer {corpus}/tokenizer.json", "data", "text")])
-def test_resuming_another_run_is_refused_with_both_values(trained, uninterrupted, data, tmp_path, flag, name, before):
+@pytest.mark.parametrize("flag, name, values", [
+    ("--lr 0.001", "lr", ["0.004", "0.001"]), ("--d-state 4", "d_state", ["8", "4"]),
+    ("--seed 7", "seed", ["0", "7"]), ("--total-tokens 30000", "total_tokens", ["20000", "30000"]),
+    ("--tokenizer {folder}/tokenizer.json", "vocab_size", ["257", "258"]),
+    ("--data {folder}/other.txt", "data", ["text"])])
+def test_resuming_another_run_is_refused_with_both_values(trained, uninterrupted, data, tmp_path, flag, name, values):
     (tmp_path / "other.txt").write_text("another corpus\n" * 900)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["self"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    before = contents(uninterrupted)
+    flags = ["--data", data, "--out", uninterrupted, *SMALL, "--resume", *flag.format(folder=tmp_path).split()]
+    status, _, err = trained(*(flags[2:] if "--data" in flag else flags))
+    assert status == 1 and all(re.search(rf"\b{word}\b", err) for word in (name, *values)), err
+    assert contents(uninterrupted) == before
+
+
+def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(trained, uninterrupted, at_9, data):
+    before = contents(at_9 / "checkpoints" / "step-000000009")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    status, _, err = trained("--data", data, "--out", at_9, *SMALL, "--resume")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and re.fullmatch(r"train\.py: .*too large.*", err), err
+    assert contents(at_9 / "checkpoints" / "step-000000009") == before
+    assert [path.name for path in train.checkpoints(at_9)][-1] == "step-000000009"
+    assert trained("--data", data, "--out", at_9, *SMALL, "--resume")[0] == 0       # once there is room again
+    assert curve(at_9) == curve(uninterrupted) and not [*at_9.rglob("*.partial")]
+
+
+def test_a_model_that_could_not_be_written_at_the_end_is_written_by_resuming(trained, uninterrupted, at_9, data,
+                                                                           monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Mamba, "save_pretrained", fail)
+        status, _, err = trained("--data", data, "--out", at_9, *SMALL, "--resume")
+    assert status == 1 and "No space left" in err and not (at_9 / "model.safetensors").exists()
+    assert trained("--data", data, "--out", at_9, *SMALL, "--resume")[0] == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (at_9 / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_is_a_sentence_and_leaves_the_last_checkpoint(trained, at_9, data, monkeypatch):
+    before = contents(at_9)
+    right = Objective.piece
+    monkeypatch.setattr(Objective, "piece", lambda *args: right(*args) * math.nan)
+    status, _, err = trained("--data", data, "--out", at_9, *SMALL, "--resume")
+    assert status == 1 and "the loss, nan," in err and "not finite at step 10" in err and "--lr" in err
+    assert contents(at_9) == before
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_it_is_saved(trained, data, tmp_path):
+    phases = "--warmup-tokens", 0, "--ramp-tokens", 0, "--decay-tokens", 0, "--total-tokens", 256, "--lr", 1e9
+    status, _, err = trained("--data", data, "--out", tmp_path / "out", *SMALL, *phases)
+    assert status == 1 and "held-out loss on text is" in err and "--lr" in err, err
+    assert {path.name for path in contents(tmp_path / "out")} == {"metrics.jsonl", "tokenizer.json"}
+
+
+def test_what_takes_another_files_place_is_on_the_disk_before(trained, at_9, uninterrupted, data, monkeypatch):
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(uninterrupted / name, at_9)
+    synced = set()
+    replaced = []
+
+    def sync(file, sync=os.fsync):
+        sync(file)
+        status = os.fstat(file)
+        synced.add((status.st_ino, status.st_size, status.st_mtime_ns))
+
+    def check(old, new):
+        files = [path for path in [Path(old), *Path(old).rglob("*")] if path.is_file()]
+        for status in map(os.stat, files):
+            assert (status.st_ino, status.st_size, status.st_mtime_ns) in synced, f"{files}, before {new}"
+        replaced.append(Path(new).name)
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("replace", "rename"):
+        move = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda old, new, move=move, **more: (check(old, new), move(old, new, **more)))
+    status, _, err = trained("--data", data, "--out", at_9, *SMALL, "--resume", "--keep", 100)
+    assert status == 0, err
+    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "step-000000024"} <= {*replaced}
+
+
+# What a run leaves
+
+def test_a_short_run_learns(trained, tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 2000)
+    flags = "--context", 32, "--d-model", 16, "--n-layer", 1, "--device", "cpu", "--lr", 0.02
+    status, out, _ = trained("--data", tmp_path / "text.txt", "--out", tmp_path / "out", *flags,
+                             "--total-tokens", 6000)
+    assert status == 0 and "on 1 x cpu, scan: chunked" in out
+    losses = [row[2] for row in curve(tmp_path / "out")]
+    assert losses[0] > 5 and losses[-1] < 2
+    assert Mamba.from_pretrained(tmp_path / "out")(torch.tensor([[97, 98]]))[0].shape == (1, 2, 257)
+
+
+def test_out_holds_the_model_its_tokenizer_and_the_metrics(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoints"} <= names
+    rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"step", "tokens", "loss", "lr", "batch_size", "context", "grad_norm", "tokens_per_s"}
+    assert all(wanted <= row.keys() for row in rows) and "text" in rows[-1]["held_out"]
+    assert [row["step"] for row in rows if "held_out" in row] == [8, 16, 24]
+
+
+def test_the_model_is_published_every_so_many_steps_and_not_with_each_checkpoint(trained, at_9, data, monkeypatch):
+    written = []
+    for name in ("save", "export"):
+        original = getattr(Trainer, name)
+        monkeypatch.setattr(Trainer, name, partialmethod(noted, original, written, name))
+    assert trained("--data", data, "--out", at_9, *SMALL, "--resume", "--export-every", 11)[0] == 0
+    saves = [("save", step) for step in (12, 15, 18, 21, 24)]
+    assert [entry for entry in written if entry[0] == "save"] == saves
+    assert [entry for entry in written if entry[0] == "export"] == [("export", 11), ("export", 22), ("export", 24)]
+
+
+def noted(trainer, original, written, name):
+    written.append((name, trainer.step))
+    original(trainer)
+
+
+def test_eval_only_trains_nothing_and_agrees_with_transformers(trained, uninterrupted, data):
+    before = contents(uninterrupted)
+    status, out, err = trained("--eval-only", "--data", f"a={data}", "--data", f"b={data}", "--out", uninterrupted,
+                               "--context", 64)         # of several sources no shares are needed
+    found = re.search(r"^a: (([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits per byte)\nb: \1$", out, re.M)
+    assert status == 0 and found, err
+    nats, perplexity, bits = map(float, found.groups()[1:])
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+    assert bits == pytest.approx(nats / math.log(2), rel=0.03)     # a byte a token, but for documents' ends
+    assert contents(uninterrupted) == before
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted).eval()
+    text = read_source("text", [data], byte_tokenizer(), END).held_out.astype(np.int64)
+    theirs = []
+    for start in range(0, len(text) - 64, 64):
+        row = torch.from_numpy(text[start:start + 65])[None]
+        starts = [0, *(1 + np.flatnonzero(row[0, :-1] == END)), 65]
+        if len(starts) == 2:        # transformers knows of no documents
+            with torch.no_grad():
+                theirs.append((start, model(row, labels=row).loss.item()))
+    objective = Objective(Mamba.from_pretrained(uninterrupted), END)
+    for start, loss in theirs[:5]:
+        assert objective(torch.from_numpy(text[start:start + 65])[None]).item() / 64 == pytest.approx(loss, abs=1e-4)
+
+
+def test_continuing_takes_its_recipe_from_the_data(trained, uninterrupted, data, tmp_path):
+    """One epoch; a rate that follows the batch; what is published is in the dtype of what it began with."""
+    for i in range(12):
+        (tmp_path / "few").mkdir(exist_ok=True)
+        shutil.copy(data / f"{i:02}.txt", tmp_path / "few")
+    model = tmp_path / "model"
+    Mamba.from_pretrained(uninterrupted, dtype=torch.bfloat16).save_pretrained(model)
+    shutil.copy(uninterrupted / "tokenizer.json", model)
+    flags = "--init-from", model, "--data", tmp_path / "few", "--device", "cpu", "--context", 64, "--batch-end", 8
+    epoch = len(read_source("text", [tmp_path / "few"], byte_tokenizer(), END).training)
+    for out, more, dtype, peak in [("a", [], torch.bfloat16, 6.4e-4 * math.sqrt(8 / 2048)),
+                                   ("b", ["--export-dtype", "fp16", "--lr", 1e-4], torch.float16, 1e-4)]:
+        status, text, err = trained(*flags, "--out", tmp_path / out, *more)
+        assert status == 0, err
+        first = text[:text.index("step 1 ")]
+        assert f"{epoch:,} tokens in {math.ceil(epoch / 512)} steps" in first and f"{peak:.2e}" in first, first
+        steps = curve(tmp_path / out)
+        assert len(steps) == math.ceil(epoch / 512) and steps[0][2] < curve(uninterrupted)[0][2] - 1
+        assert max(lr for *_, lr, _ in steps) == pytest.approx(peak, rel=0.2)       # of which a step decays some
+        assert {t.dtype for t in load_file(tmp_path / out / "model.safetensors").values()} == {dtype}
+        assert (tmp_path / out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
