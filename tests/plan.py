@@ -61,7 +61,7 @@ def steps_alike(recipe, tokens: int, end: int) -> int:
     """How many steps from here have one size: to count them one by one would take days for 1e18 tokens."""
     size = tokens_a_step(recipe, tokens)
     most = math.ceil((end - tokens) / size)
-    # Between two marks the batch only grows. So those after the first of another size are of another, too.
+    # Between two marks the batch moves in one direction: a size that was left does not come back.
     return 1 + bisect_left(range(1, most), True,
                            key=lambda step: tokens_a_step(recipe, tokens + step * size) != size)
 
