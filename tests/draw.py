@@ -201,16 +201,17 @@ def losses(rows: list[dict], title: str) -> str:
     for row in rows:
         for source, nats in row.get("held_out", {}).items():
             held_out.setdefault(source, []).append((row["tokens"] / unit, nats))
-    words = {"training": 0}
+    words = {"each step": 0}
     dots = {}
     for color, (source, points) in enumerate(held_out.items(), 1):
         color %= len(LIGHT["lines"])
         words[f"held-out {source:.20}: {points[-1][1]:.4g}"] = color
         dots[color] = dots.get(color, []) + points
-    marks = legend(68, 24, words)
-    marks += chart(62, 76, 480, 200, "loss, nats a token", under, {0: training}, dots)
-    marks += chart(632, 76, 280, 200, "learning rate", under, {2: rate})
-    return svg(942, 334, title, marks)
+    marks = chart(62, 48, 420, 200, "loss, nats a token", under, {0: training}, dots)
+    marks += chart(562, 48, 210, 200, "learning rate", under, {2: rate})
+    for i, (entry, color) in enumerate(words.items()):
+        marks += legend(804, 54 + 20 * i, {entry: color})
+    return svg(1000, 304, title, marks)
 
 
 def keep(rows: list[dict]) -> None:
