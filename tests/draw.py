@@ -323,13 +323,13 @@ def loss() -> str:
 
 def cost() -> str:
     """Time and memory of one more token, against the tokens before it, as tests/bench.py measured them."""
-    rows = json.loads((ASSETS / "bench.json").read_text())["length"]
+    rounds = json.loads((ASSETS / "bench.json").read_text())["length"]
     panels = {"ms": "milliseconds a token", "state_mb": "what is kept of the text, in MB"}
     marks = legend(68, 24, {"Falcon-Mamba, this code": 0, "attention": 1})
     for column, (name, title) in enumerate(panels.items()):
         curves = {}
         for color, peer in enumerate(["ours", "attention"]):
-            curves[color] = [(row["tokens"], row[name]) for row in rows if row["peer"] == peer]
+            curves[color] = [(row["tokens"], row[name]) for row in rounds[peer]]
         marks += chart(62 + 380 * column, 78, 290, 144, title, "tokens before it", curves, log=True)
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
