@@ -320,6 +320,12 @@ def initialize(model: Mamba) -> None:
             nn.init.normal_(p, std=model.config.initializer_range)
 
 
+def replace_file(new, path):
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError if there is none."""
     try:

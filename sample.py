@@ -179,6 +179,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_tokens(folder, tokenizer):
+    return [11]
+
+
 def vocabulary(tokenizer: Tokenizer) -> int:
     """The size a model needs for all its tokens: they may be numbered with gaps."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
