@@ -160,6 +160,13 @@ def scaled(recipe: Recipe, total: int) -> Recipe:
                    ramp_tokens=scale(recipe.ramp_tokens), decay_tokens=scale(recipe.decay_tokens),
                    stages=tuple(replace(stage, start=scale(stage.start)) for stage in recipe.stages))
 
+def adapted(recipe: Recipe, total: int, given: dict) -> Recipe:
+    """The recipe over `total` tokens, but for the fields that the command line gives."""
+    recipe = replace(scaled(recipe, total), **given)
+    if "lr" in given and "lr_batch" not in given:
+        recipe = replace(recipe, lr_batch=recipe.batch_end)     # who gives a peak means the peak
+    return recipe
+
 FALCON = Recipe(
     total_tokens=5500 * GT,             # model card; the report's abstract says 5.8 trillion
     warmup_tokens=1 * GT,               # secondary
@@ -237,6 +244,8 @@ def text_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         for inside in [path, *sorted(path.rglob("*"))]:
             hidden = any(part.startswith(".") for part in inside.relative_to(path).parts)
+            if inside.name == "tokens.bin":
+                raise ValueError(f"{inside.parent} is a corpus, not text; make it a source of its own")
             if inside.is_file() and not hidden:
                 files.append(inside)
     return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
@@ -292,11 +301,13 @@ def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"the corpus {folder} is of another tokenizer, of {vocabulary(other)} tokens, than "
                          f"the model, of {vocabulary(tokenizer)}; make it again with the model's --tokenizer")
-    data = np.memmap(folder / "tokens.bin", np.uint8, "r")
+    file = folder / "tokens.bin"
     kind = np.dtype(token_type(tokenizer))
-    tokens = data[:len(data) // kind.itemsize * kind.itemsize].view(kind)
-    if len(data) % kind.itemsize != 0 or tokens[-1] != end:     # cut short, or in numbers of another width
-        raise ValueError(f"{folder}/tokens.bin does not end with a document, as {kind} {end}; make it again with "
+    length = file.stat().st_size / kind.itemsize
+    tokens = np.memmap(file, kind, "r", shape=int(length)) if length >= 2 else np.zeros(2, kind)
+    # Cut short, it does not end with a document. In numbers of 32 bits, half of what is read is 0.
+    if length % 1 != 0 or tokens[-1] != end or not tokens[1:2**16:2].any():
+        raise ValueError(f"{file} does not hold documents of {kind} that end with {end}; make it again with "
                          "--tokenize-to")
     return tokens
 
@@ -322,14 +333,10 @@ class Source:
         start = (first + visited * stride) % pieces * longest + inside
         return self.training[start:start + context + 1]
 
-def read_source(name: str, paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
+def read_source(paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
     """Read a source's text, or map its corpus. The beginning is held out for evaluation."""
-    corpora = [path for path in paths if (path / "tokens.bin").exists()]
-    if corpora and len(paths) > 1:
-        raise ValueError(f"--data gives {name} {len(paths)} paths, but the corpus {corpora[0]} must be a "
-                         "source of its own")
-    if corpora:
-        tokens = read_corpus(corpora[0], tokenizer, end)
+    if len(paths) == 1 and (paths[0] / "tokens.bin").exists():
+        tokens = read_corpus(paths[0], tokenizer, end)
     else:
         tokens = np.concatenate([*tokenized(paths, tokenizer, end)] or [np.zeros(0, int)])
     # A twentieth, at most a million tokens, and the rest of its last document if that is near. It hangs
@@ -357,24 +364,22 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
         read[name] = begin + stage.context
     return rows
 
-def fitted(recipe: Recipe, sources: dict[str, Source], given: set[str]) -> Recipe:
-    """The recipe for continuing, fitted to the data wherever the command line leaves it free.
+def fitted(recipe: Recipe, sources: dict[str, Source], given: dict, context_given: bool) -> Recipe:
+    """The recipe for continuing, in the size of the data, but for what the command line gives.
 
-    No source is read twice. The held-out text has eight rows or more, and the run 200 steps or more: with
+    The run takes one epoch. The held-out text has eight rows or more, and the run 200 steps or more: with
     little text a batch has few rows, and the learning rate follows. These numbers are our choice.
     """
     stage = recipe.stages[0]
     shortest = min(len(source.held_out) for source in sources.values())
-    while "context" not in given and stage.context > 64 and stage.context * 8 >= shortest:
+    while not context_given and stage.context > 64 and stage.context * 8 >= shortest:
         stage = replace(stage, context=stage.context // 2)
-    if "total_tokens" not in given:
-        share = shares(stage.mixture)
-        epochs = [len(sources[name].training) / share[name] for name in share if share[name] > 0]
-        recipe = scaled(recipe, int(min(epochs)))
-    if "batch_end" not in given:
-        rows = recipe.total_tokens // (200 * stage.context)
-        recipe = replace(recipe, batch_end=min(max(rows, 1), recipe.batch_end))
-    return replace(recipe, stages=(stage,))
+    share = shares(stage.mixture)
+    epochs = [len(sources[name].training) / share[name] for name in share if share[name] > 0]
+    total = given.get("total_tokens", int(min(epochs)))
+    rows = max(1, total // (200 * stage.context))
+    given = {"batch_end": min(rows, recipe.batch_end)} | given
+    return adapted(replace(recipe, stages=(stage,)), total, given)
 
 def check_lengths(recipe: Recipe, sources: dict[str, Source]) -> None:
     for name, source in sources.items():
@@ -447,7 +452,7 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
         fully_shard(block, **options)                               # the rest of the block
     fully_shard(objective, mp_policy=policy, **options)             # embeddings, last norm, lm_head
 
-def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
+def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
     """The objective on this rank's device, with the weights of `whole`, which only rank 0 needs.
 
     With several ranks, no other one and no GPU ever holds all of it: weights travel tensor by tensor.
@@ -492,21 +497,22 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=1e-8, fused=True)
 
+@dataclass
 class Trainer:
     """A model, its optimizer and its data, and how far training has come."""
+    args: "Options"
+    recipe: Recipe
+    objective: Objective
+    tokenizer: Tokenizer
+    sources: dict[str, Source]
+    export_dtype: torch.dtype = torch.float32
+    step: int = 0
+    tokens: int = 0
 
-    def __init__(self, args: argparse.Namespace, recipe: Recipe, objective: Objective,
-                 tokenizer: Tokenizer, sources: dict[str, Source]):
-        self.args = args
-        self.recipe = recipe
-        self.objective = objective
-        self.tokenizer = tokenizer
-        self.sources = sources
-        self.adam = optimizer(self.objective.model, recipe)
-        self.step = 0
-        self.tokens = 0
-        self.read = dict.fromkeys(sources, 0)           # tokens read of each source
-        self.export_dtype = torch.float32
+    def __post_init__(self):
+        self.model = self.objective.model
+        self.adam = optimizer(self.model, self.recipe)
+        self.read = dict.fromkeys(self.sources, 0)      # tokens read of each source
 
     def passes(self, rows: list[np.ndarray]) -> tuple[Tensor, ...]:
         """This rank's share of the rows, at most --micro-batch at a time: tensors (b, l + 1).
@@ -516,6 +522,9 @@ class Trainer:
         mine = np.full((math.ceil(len(rows) / world_size()), len(rows[0])), -100)
         for i, row in enumerate(rows[rank()::world_size()]):
             mine[i] = row
+        if mine.max() >= self.model.config.vocab_size:
+            raise ValueError(f"the data holds token {mine.max()}, but the model's vocabulary has only "
+                             f"{self.model.config.vocab_size}: another tokenizer made it")
         return torch.from_numpy(mine).split(self.args.micro_batch)
 
     def update(self) -> dict:
@@ -532,7 +541,7 @@ class Trainer:
             loss = self.objective(own.to(self.args.device))
             (loss * world_size() / count).backward()        # FSDP takes the mean over ranks
             nats += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.recipe.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         norm = (norm.full_tensor() if dist.is_initialized() else norm).item()
         loss = over_ranks(nats.item()) / count
         self.step += 1
@@ -572,14 +581,15 @@ class Trainer:
     def settings(self) -> dict:
         """What a checkpoint and the run that goes on from it must agree on."""
         lengths = {name: len(source.training) for name, source in self.sources.items()}
-        settings = asdict(self.recipe) | asdict(self.objective.model.config) | {"data": lengths}
+        settings = asdict(self.recipe) | asdict(self.model.config) | {"data": lengths}
         return json.loads(json.dumps(settings))     # as it is read again: tuples have become lists
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that steps change: the weights, and Adam's averages and counts."""
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
-        weights, adam = get_state_dict(self.objective.model, self.adam, options=flat)
-        return weights | {name: value for name, value in adam.items() if isinstance(value, Tensor)}
+        weights, adam = get_state_dict(self.model, self.adam, options=flat)
+        tensors = {name: value for name, value in adam.items() if isinstance(value, Tensor)}
+        return tensors | {name: weights[name] for name, _ in self.model.named_parameters()}     # a tied one once
 
     def save(self) -> None:
         """Write a checkpoint, to which every rank adds its part.
@@ -592,7 +602,7 @@ class Trainer:
         dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(partial, save_distributed=True))
         if rank() == 0:                             # dcp.save ends when all ranks have written
             run = {"settings": self.settings(), "tokens": self.tokens, "read": self.read}
-            write_text(partial / "run.json", json.dumps(run, indent=1))
+            write_file(partial / "run.json", json.dumps(run, indent=1).encode())
             partial.rename(folder)
             for old in checkpoints(self.args.out)[:-self.args.keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".partial")))
@@ -600,6 +610,8 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. ValueError if it is of another recipe, model or corpus."""
         run = read_json(folder / "run.json")
+        if run.keys() != {"settings", "tokens", "read"}:
+            raise ValueError(f"{folder}/run.json is damaged; remove that folder to go on from the one before it")
         for name, now in self.settings().items():
             before = run["settings"].get(name)
             if before != now:
@@ -613,24 +625,21 @@ class Trainer:
     def export(self) -> None:
         """Write the model as it is published: gathered on rank 0, into one file."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered = get_model_state_dict(self.objective.model, options=whole)      # all ranks give, rank 0 gets
+        gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
         if rank() == 0:
             weights = {}
-            for name, _ in self.objective.model.named_parameters():               # a tied tensor once
+            for name, _ in self.model.named_parameters():               # a tied tensor once
                 weights[name] = gathered.pop(name).to(self.export_dtype, copy=True)
-            self.objective.model.save_pretrained(self.args.out, weights)
+            self.model.save_pretrained(self.args.out, weights)
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted((out / "checkpoints").glob("step-*[0-9]"))
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     replace_file(partial, path)
-
-def write_tokenizer(out, tokenizer, end, folder):
-    write_text(out / "tokenizer.json", tokenizer.to_str())
 
 def prepare(out: Path, steps: int) -> None:
     """The folder of a run that has done `steps` steps. What a killed run left beyond them goes."""
@@ -638,8 +647,33 @@ def prepare(out: Path, steps: int) -> None:
     for partial in (out / "checkpoints").glob("*.partial"):
         shutil.rmtree(partial)
     metrics = out / "metrics.jsonl"
-    rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    write_text(metrics, "".join(rows[:steps]))
+    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    write_file(metrics, b"".join(row for row in rows[:steps] if row.endswith(b"\n")))
+
+def write_tokenizer(out: Path, tokenizer: Tokenizer, end: int, source: Path | None) -> None:
+    """The files with which other programs make our tokens, and end a text where we do.
+
+    `source` is the model to start from, if its tokenizer is in use. What lies there is carried along.
+    """
+    word = tokenizer.id_to_token(end)
+    files = {
+        "tokenizer.json": json.loads(tokenizer.to_str()),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",       # that is tokenizer.json, unchanged
+            "bos_token": word, "eos_token": word, "pad_token": word,
+            "padding_side": "left",                             # because generation goes on at the right
+            "model_input_names": ["input_ids", "attention_mask"]},
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}}
+    if source:
+        for name in [*files, "special_tokens_map.json"]:
+            if (source / name).exists():
+                files[name] = read_json(source / name)
+        # The pre-decay model's file says 0, which is no end of a text.
+        files["generation_config.json"]["eos_token_id"] = end_tokens(source, tokenizer)
+        if (source / "chat_template.jinja").exists():
+            shutil.copy(source / "chat_template.jinja", out)
+    for name, content in files.items():
+        write_file(out / name, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 def train(trainer: Trainer) -> bool:
     """Train to the recipe's end, or until Ctrl-C or SIGTERM. Returns whether it is the end."""
@@ -667,7 +701,7 @@ def train(trainer: Trainer) -> bool:
         line = (f"step {row['step']} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
                 f"batch {row['batch_size']} | {row['tokens_per_s']:.0f} tok/s | {minutes:.1f} min left")
         if args.device.type == "cuda":
-            used = utilization(row["tokens_per_s"] / world_size(), trainer.objective.model.config)
+            used = utilization(row["tokens_per_s"] / world_size(), trainer.model.config)
             line += f" | {used:.0%} MFU"
         for name, (nats, _) in row.get("held_out", {}).items():
             line += f" | held-out {name} {nats:.4f}"
@@ -714,41 +748,43 @@ class Options:
     eval_every: int = flag(200, "steps", 1)
     keep: int = flag(2, "checkpoints", 1)
     device: torch.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one", type=device)
+    own: dict = field(default_factory=dict)         # fields of the recipe that the command line gives
+    sizes: dict = field(default_factory=dict)       # likewise, of a fresh model
 
-def parse(arguments: list[str]) -> tuple[Options, Recipe, dict, set[str]]:
-    """The options, the recipe, the sizes of a fresh model, and the names of all flags that were given."""
+def parse(arguments: list[str]) -> tuple[Options, Recipe]:
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
     sizes = [f for f in fields(MambaConfig) if not f.name.endswith("_id")]      # ids are the tokenizer's
-    flags = {f.name: f.metadata for f in (*fields(Options), *fields(Recipe)[:-1])}
+    flags = {f.name: f.metadata for f in (*fields(Options), *fields(Recipe)) if f.metadata}
     flags |= {f.name: flag(f.type(), "of a fresh model").metadata for f in sizes}
     for name, metadata in flags.items():
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **metadata)
     given = vars(parser.parse_args(arguments))
 
-    def pick(those):
-        return {f.name: given[f.name] for f in those if f.name in given}
-
-    options = Options(**pick(fields(Options)))
-    if options.device == "auto":
-        options.device = device("auto")
-    options.recipe = options.recipe or ("continue" if "init_from" in given else "tiny")
-    recipe = RECIPES[options.recipe]
-    recipe = scaled(recipe, given.get("total_tokens", recipe.total_tokens))
-    stages = tuple(Stage(stage.start, options.context or stage.context, options.mixture or stage.mixture)
+    own = {f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given}
+    sizes = {f.name: given.pop(f.name) for f in sizes if f.name in given}
+    args = Options(**given, own=own, sizes=sizes)
+    if args.device == "auto":
+        args.device = device("auto")
+    if args.offload and args.device.type == "cpu" and not args.plan:
+        parser.error("--offload keeps in the host's memory what a GPU would, and --device is cpu")
+    args.recipe = args.recipe or ("continue" if "init_from" in own else "tiny")
+    recipe = RECIPES[args.recipe]
+    stages = tuple(Stage(stage.start, args.context or stage.context, args.mixture or stage.mixture)
                    for stage in recipe.stages)
-    recipe = replace(recipe, stages=stages, **pick(fields(Recipe)))
-    if "lr" in given and "lr_batch" not in given:
-        recipe = replace(recipe, lr_batch=recipe.batch_end)     # who gives a peak means the peak
-    if recipe.init_from and pick(sizes):
-        parser.error(f"--init-from brings its own sizes; leave out {', '.join(pick(sizes))}")
-    return options, recipe, pick(sizes), set(given)
+    recipe = adapted(replace(recipe, stages=stages), own.get("total_tokens", recipe.total_tokens), own)
+    if recipe.init_from and sizes:
+        parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
+    return args, recipe
 
-def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Trainer | None:
+def set_up(args: Options, recipe: Recipe) -> Trainer | None:
     """Read the data and the model, which must fit each other. None if --tokenize-to was all to do."""
     paths = named_paths(args.data or [])
     every = sum(paths.values(), [])
-    start = recipe.init_from or (args.out if args.eval_only else None)
-    folder = find(start) if start else None
+    folder = None
+    if recipe.init_from or args.recipe == "continue":
+        folder = find(recipe.init_from)
+    elif args.eval_only:
+        folder = find(args.out)
     corpora = [path for path in every if (path / "tokens.bin").exists()]
     homes = [home / "tokenizer.json" for home in [folder, *corpora] if home]
     tokenizer = byte_tokenizer()
@@ -766,7 +802,7 @@ def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Train
         raise ValueError(f"{args.out} already holds a model; --resume goes on with the run that made it, if its "
                          "checkpoints are there; another --out begins a new one")
 
-    sources = {name: read_source(name, group, tokenizer, end) for name, group in paths.items()}
+    sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
     if args.eval_only or len(sources) == 1 and not args.mixture:
         all_alike = " ".join(f"{name}:1" for name in sources)
         recipe = replace(recipe, stages=tuple(replace(stage, mixture=all_alike) for stage in recipe.stages))
@@ -775,9 +811,9 @@ def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Train
         raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture {', '.join(sorted(wanted))}; "
                          "name the same with --data name=path and --mixture 'name:share ...'")
     if args.recipe == "continue":
-        recipe = fitted(recipe, sources, given)
+        recipe = fitted(recipe, sources, args.own, args.context is not None)
     check_lengths(recipe, sources)
-    config = make_config(args, folder, sizes, vocabulary(tokenizer), end)
+    config = make_config(args, folder, vocabulary(tokenizer), end)
     if vocabulary(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {vocabulary(tokenizer)} tokens, the model {config.vocab_size}; name "
                          "the model's own tokenizer.json with --tokenizer")
@@ -788,17 +824,16 @@ def set_up(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> Train
     whole = None
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
-    trainer = Trainer(args, recipe, build(args, config, end, whole), tokenizer, sources)
-    if whole:
-        trainer.export_dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype)
+    dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype if whole else None)
+    trainer = Trainer(args, recipe, build(args, config, end, whole), tokenizer, sources, dtype)
     if done:
         trainer.resume(done[-1])
     if rank() == 0 and not args.eval_only:
         prepare(args.out, trainer.step)
-        write_tokenizer(args.out, tokenizer, end, folder)
+        write_tokenizer(args.out, tokenizer, end, None if args.tokenizer else folder)
     return trainer
 
-def make_config(args: Options, folder: Path | None, sizes: dict, vocab_size: int, end: int) -> MambaConfig:
+def make_config(args: Options, folder: Path | None, vocab_size: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one."""
     if folder:
         config = MambaConfig.from_json(folder / "config.json")
@@ -807,16 +842,16 @@ def make_config(args: Options, folder: Path | None, sizes: dict, vocab_size: int
         return config
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     tiny = TINY if args.recipe == "tiny" else {}
-    return MambaConfig(**{"vocab_size": vocab_size} | ids | tiny | sizes)
+    return MambaConfig(**{"vocab_size": vocab_size} | ids | tiny | args.sizes)
 
-def run(args: Options, recipe: Recipe, sizes: dict, given: set[str]) -> None:
+def run(args: Options, recipe: Recipe) -> None:
     begin = time.perf_counter()
-    trainer = set_up(args, recipe, sizes, given)
+    trainer = set_up(args, recipe)
     if trainer is None:
         return
     from tests.plan import count_steps
     recipe = trainer.recipe
-    model = trainer.objective.model
+    model = trainer.model
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world_size()} x {args.device}, "
           f"scan: {scan.default_backend(args.device, 2)}\n{recipe}\n{model.config}\n"
           f"{recipe.total_tokens:,} tokens in {count_steps(recipe):,} steps; batches of up to {recipe.batch_end} rows, "
@@ -851,14 +886,18 @@ def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)                 # dcp logs what becomes a sentence below
     try:
-        args, recipe, sizes, given = parse(sys.argv[1:])
+        args, recipe = parse(sys.argv[1:])
         if args.plan:
             from tests.plan import print_plan           # here: that file imports this one
-            return print_plan(args, recipe, sizes)
+            return print_plan(args, recipe)
         start_processes(args.device)
-        run(args, recipe, sizes, given)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        run(args, recipe)
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}); try a smaller --micro-batch")
     except dcp.CheckpointException as error:
         why, _ = next(iter(error.failures.values()))
         sys.exit(f"train.py: a checkpoint in {args.out} could not be written or read: {str(why)!r:.300}")

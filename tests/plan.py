@@ -4,8 +4,10 @@ Steps, rates and contexts come from the functions that train.py trains with. Mem
 test_plan.py holds it against what fully_shard leaves on a rank, and against what a step allocates.
 """
 import math
+import os
 from bisect import bisect_left
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ import torch
 import train
 from mamba import Mamba, MambaConfig
 
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NVIDIA's dense bf16 FLOP/s
 GPU = 80e9              # bytes of an H100's memory, or of a large A100's
 OVERHEAD = 5e9          # bytes that CUDA, NCCL and fragments take: our guess
 TWO_MONTHS = 61         # days: about what the report gives for the 7B on 256 H100
@@ -20,19 +23,37 @@ PIECE = 1024            # tokens whose logits exist at a time, in train.py
 AT_LEAST = 0.75         # of the memory that is planned here a step takes: test_plan.py measures it
 
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NVIDIA's dense bf16 FLOP/s
+def print_plan(args, recipe, sizes: dict) -> None:
+    """What `train.py --plan` prints."""
+    plan(recipe, planned_config(args, recipe, sizes), args.world_size, args.mfu, args.offload)
 
 
-def flops_per_token(config: MambaConfig) -> float:
-    """Of training. A product takes 2 a weight forward and 4 backward, the scan about 8 and 16 a state."""
-    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
-    products = 6 * d * (3 * m + 2 * r + 2 * n)
-    return config.n_layer * (products + 24 * d * n) + 6 * m * config.vocab_size
+def planned_config(args, recipe, sizes: dict) -> MambaConfig:
+    """The sizes of the model that this command would train. Nothing is downloaded to know them."""
+    if not recipe.init_from:
+        size = 257 if args.recipe == "tiny" else 65024
+        if args.tokenizer:
+            size = train.vocabulary(train.read_tokenizer(args.tokenizer))
+        return train.make_config(args, None, sizes, size, end=0)
+    folder = Path(recipe.init_from)
+    if folder.is_dir():
+        return MambaConfig.from_json(folder / "config.json")
+    if "mamba-7b" in recipe.init_from.lower():      # all that tiiuae published under such names
+        return MambaConfig()
+    raise ValueError(f"there is no folder {folder}, and of the hub's models --plan only knows the sizes of "
+                     "tiiuae's Falcon-Mamba-7B")
 
 
 def plan(recipe, config: MambaConfig, world: int, mfu: float, offload: bool = False) -> None:
     """Print the whole run, on `world` H100 of whose peak it reaches the part `mfu`."""
-    tokens, steps = print_stages(recipe)
+    print("stage       from        to       steps context          batch         learning rate"
+          "     noise temperature  mixture")
+    tokens = 0
+    steps = 0
+    for start, end, more_tokens, more_steps in stretches(recipe):
+        print_row(recipe, start, end, more_steps)
+        tokens += more_tokens
+        steps += more_steps
     each = flops_per_token(config)
     flops = each * tokens
     days = flops / (world * PEAKS["H100"]) / 86400
@@ -43,24 +64,43 @@ def plan(recipe, config: MambaConfig, world: int, mfu: float, offload: bool = Fa
     print_memory(config, world, sorted(contexts), offload)
 
 
-def print_stages(recipe) -> tuple[int, int]:
-    """A row for each stretch of the run in which one rule holds -> the run's tokens and its steps."""
-    print("stage       from        to       steps context          batch         learning rate"
-          "     noise temperature  mixture")
+def flops_per_token(config: MambaConfig) -> float:
+    """Of training. A product takes 2 a weight forward and 4 backward, the scan about 8 and 16 a state."""
+    m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    products = 6 * d * (3 * m + 2 * r + 2 * n)
+    return config.n_layer * (products + 24 * d * n) + 6 * m * config.vocab_size
+
+
+def utilization(rate: float, config: MambaConfig) -> float:
+    """The part of its peak that a GPU reaches which trains on `rate` tokens a second; nan of one not in PEAKS."""
+    gpu = torch.cuda.get_device_name()
+    peak = next((peak for name, peak in PEAKS.items() if name in gpu), math.nan)
+    return rate * flops_per_token(config) / peak
+
+
+# Steps
+
+def count_steps(recipe) -> int:
+    return sum(steps for *_, steps in stretches(recipe))
+
+
+def stretches(recipe) -> list[tuple[int, int, int, int]]:
+    """The run cut where a rule changes: a stretch's start, its end, its tokens and its steps."""
     decay = recipe.total_tokens - recipe.decay_tokens
     marks = {0, recipe.warmup_tokens, recipe.ramp_tokens, decay, recipe.total_tokens}
     marks |= {stage.start for stage in recipe.stages}
     marks = sorted(mark for mark in marks if mark <= recipe.total_tokens)
+    found = []
     tokens = 0
-    steps = 0
     for start, end in pairwise(marks):
-        before = steps
+        before = tokens
+        steps = 0
         while tokens < end:
             alike = steps_alike(recipe, tokens, end)
             steps += alike
             tokens += alike * tokens_a_step(recipe, tokens)
-        print_row(recipe, start, end, steps - before)
-    return tokens, steps
+        found.append((start, end, tokens - before, steps))
+    return found
 
 
 def tokens_a_step(recipe, tokens: int) -> int:
@@ -186,12 +226,12 @@ def shortage(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool,
              host_bytes: float, micro_batch: int, context: int, checkpoint_activations: bool) -> str | None:
     """One sentence, with the flag that helps, where a run surely does not fit; else None.
 
-    gpu_bytes is the memory of a GPU. host_bytes is what the host has for each of its GPUs.
+    gpu_bytes is the memory of a process's GPU, host_bytes what the host has for each of its processes.
     """
     needs = memory(config, world, dtype, offload)
     kept = sum(memory(config, world, dtype, offload=True).host.values())
     if offload and kept > host_bytes:
-        return (f"--offload needs {gb(kept)} of the host's memory for each GPU, for weights, gradients and "
+        return (f"--offload needs {gb(kept)} of the host's memory for each process, for weights, gradients and "
                 f"Adam's averages, and there are {gb(host_bytes)}; use more GPUs, which share them")
     fixed = sum(needs.gpu.values())
     row = context * needs.activations["with" if checkpoint_activations else "without"]
@@ -199,7 +239,7 @@ def shortage(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool,
     surely_kept = 0 if offload else kept
     if max(surely_kept, AT_LEAST * planned) <= gpu_bytes:
         return None
-    words = f"each GPU needs {gb(planned)} and has {gb(gpu_bytes)}: "
+    words = f"each process needs {gb(planned)} and has {gb(gpu_bytes)}: "
     if not offload:
         words += f"{gb(kept)} for weights, gradients and Adam's averages, "
     words += f"{gb(micro_batch * row)} for --micro-batch {micro_batch} at {context} tokens a row; "
@@ -214,18 +254,26 @@ def shortage(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool,
     return words + "use more GPUs, or a shorter --context"
 
 
-def check_memory(args, recipe, config, world):
-    pass
+def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
+    """ValueError where the run that this command asks for surely does not fit."""
+    host = machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rows = min(args.micro_batch, math.ceil(recipe.batch_end / world))
+    gpu = args.device.type == "cuda"
+    short = shortage(config, world,
+                     dtype=torch.bfloat16 if gpu else torch.float32,
+                     offload=args.offload and gpu,
+                     gpu_bytes=torch.cuda.get_device_properties(args.device).total_memory if gpu else host,
+                     host_bytes=host if gpu else 0,     # a CPU has nothing to offload to
+                     micro_batch=rows,
+                     context=recipe.longest,
+                     checkpoint_activations=args.checkpoint_activations)
+    if short:
+        raise ValueError(short)
 
 
-def utilization(rate, config):
-    return 0.0
-
-
-def count_steps(recipe):
-    tokens = steps = 0
-    while tokens < recipe.total_tokens:
-        alike = steps_alike(recipe, tokens, recipe.total_tokens)
-        steps += alike
-        tokens += alike * tokens_a_step(recipe, tokens)
-    return steps
+def machine_memory() -> float:
+    """Bytes; without end where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):       # Windows
+        return math.inf
