@@ -1,0 +1,181 @@
+"""Bad input to train.py ends in one plain sentence on standard error, and with nothing half done.
+
+The program runs inside this process, because importing torch takes seconds.
+"""
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+import train
+from mamba import Mamba, MambaConfig
+
+QUICK = "--total-tokens 64 --context 16 --batch-start 1 --batch-end 2 --device cpu --out made".split()
+SIZES = "--d-model 8 --n-layer 1 --d-state 2".split()
+END = 256       # the byte tokenizer's
+TEXT = b"the quick brown fox jumps over the lazy dog\n" * 40
+TOKENS = np.array([*TEXT, END], np.uint16)
+LARGE = train.byte_tokenizer()
+LARGE.add_tokens(["self"])
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A text, a corpus of it, a model, and others that are none."""
+    folder = tmp_path_factory.mktemp("pristine")
+    for name in ("corpus", "model", "folder", "mixed/corpus"):
+        (folder / name).mkdir(parents=True)
+    for name, content in {"text": TEXT, "empty": b"", "short": b"ab", "few": b"x" * 200, "binary": b"\xff" * 9,
+                          "mixed/text": TEXT, "mixed/corpus/tokens.bin": b"", "bare.bin": b"ab"}.items():
+        (folder / name).write_bytes(content)
+    Mamba(MambaConfig(vocab_size=257, d_model=8, n_layer=1, d_state=2, eos_token_id=256)).save_pretrained(folder / "model")
+    for name in ("corpus", "model"):
+        train.byte_tokenizer().save(str(folder / name / "tokenizer.json"))
+    TOKENS.tofile(folder / "corpus" / "tokens.bin")
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "endless.json"))
+    LARGE.save(str(folder / "large.json"))
+    return folder
+
+
+@pytest.fixture
+def call(pristine, tmp_path, monkeypatch, capsys):
+    """call(*flags) runs the program beside a copy of `pristine` -> exit status, and its last words."""
+    shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        given = " ".join(flags)
+        data = [] if "--data" in given else ["--data", "text"]
+        sizes = [] if re.search("--init-from|--eval-only", given) else SIZES
+        monkeypatch.setattr(sys, "argv", ["train.py", *data, *QUICK, *sizes, *flags])
+        capsys.readouterr()
+        status = 0
+        try:
+            train.main()
+        except SystemExit as end:
+            status = end.code
+        lines = capsys.readouterr().err.splitlines()
+        words = [line for line in lines if not line.startswith(("usage:", " ", "skipping "))]
+        if isinstance(status, str):         # Python would print it, and exit with 1
+            words.append(status)
+        return bool(status), "\n".join(words)
+    return run
+
+
+def assert_sentence(text, *words):
+    assert len(text.splitlines()) == 1 and text.isprintable() and text.startswith("train.py: "), text
+    assert len(text) < 600 and "Traceback" not in text, text
+    for word in words:
+        assert word in text, f"{word!r} is not in {text!r}"
+
+
+def test_nothing_is_refused_without_a_reason(call):
+    """Or the refusals below would prove nothing."""
+    for data in ("text", "corpus"):
+        assert call("--data", data, "--out", f"made of {data}") == (False, "")
+    assert call("--init-from", "model") == (False, "")
+    assert call("--data", "text", "--tokenize-to", "another") == (False, "")
+
+
+# What is typed, and what is said.
+FLAGS = {
+    "--unknown": "unrecognized", "stray": "unrecognized", "--data": "expected one argument",
+    "--learning-rate 1": "unrecognized", "--world 2": "unrecognized",
+    "--total-tokens -1": "'-1' is no whole number from 1", "--total-tokens 1.5": "'1.5' is no whole number",
+    "--total-tokens 0": "from 1", "--context 0": "from 1", "--context -1": "from 1", "--context 8,16": "'8,16'",
+    "--batch-start 0": "from 1", "--batch-end 0": "from 1", f"--batch-start {2**60}": "1048576",
+    "--lr nan": "'nan' is no number", "--lr -1": "'-1'", "--lr inf": "'inf'", "--lr x": "'x'",
+    "--decay-factor 0": "from 1", "--decay-factor nan": "'nan'", "--beta1 1": "'1'", "--beta2 2": "'2'",
+    "--beta1 -1": "'-1'", "--clip nan": "'nan'", "--weight-decay -1": "'-1'", "--seed -1": "'-1'", "--seed x": "'x'",
+    "--micro-batch 0": "from 1", "--keep 0": "from 1", "--export-every 0": "from 1", "--export-dtype int8": "invalid choice",
+    "--recipe large": "invalid choice", "--device warp9": "'warp9' is not usable here",
+    "--d-model 0": "d_model or hidden_size is 0", "--n-layer 5000": "num_hidden_layers is 5000",
+    "--d-model x": "'x'", "--d-model -8": "-8", "--d-state 0": "d_state", "--d-conv 0": "d_conv",
+    "--initializer-range 0": "initializer_range", "--initializer-range 5": "initializer_range",
+    "--initializer-range nan": "'nan'", f"--d-model {2**20}": "1048576", "--d-model 524288": "GB",
+    "--decay-tokens 60 --warmup-tokens 5": "--total-tokens 64 has no room for",
+    "--lr 1e15 --warmup-tokens 0": "--lr", "--vocab-size 100": "the tokenizer has 257 tokens, the model 100",
+    "--data nowhere": "there is no nowhere", "--data a=README": "there is no README", "--data=": "there is no ''",
+    "--data text=": "there is no ''", "--data a=text --data b=text": "--data names a, b, the mixture text",
+    "--mixture web": "must be like 'web:9 code:1'", "--mixture text:1,code:2": "the mixture text:1,code",
+    "--mixture text:0": "must be like", "--mixture text:-1": "must be like", "--mixture text:nan": "must be like",
+    "--mixture=text:1 text:2": "each source once", "--mixture other:1": "the mixture other",
+    "--context 100000": "too few for --context 100000", "--data empty": "--context 16", "--data short": "--context 16",
+    "--data folder": "--context 16", "--data binary": "--context 16", "--data few": "10 held_out tokens",
+    "--data bare.bin": "--tokenize-to writes a folder", "--data corpus/tokens.bin": "--tokenize-to writes a folder",
+    "--data mixed": "mixed/corpus is a corpus, not text", "--data corpus --data text": "corpus is a corpus, not text",
+    "--data corpus --tokenize-to other": "is a corpus, not text", "--tokenize-to model": "model exists already",
+    "--data folder --out folder/made": "lies in --data", "--data folder --tokenize-to folder/made": "lies in --data",
+    "--out text": "lies in --data", "--data corpus --out text/made": "Not a directory",
+    "--tokenizer nope.json": "cannot read the tokenizer", "--tokenizer model": "cannot read the tokenizer",
+    "--tokenizer model/config.json": "cannot read the tokenizer", "--tokenizer endless.json": "no token <|endoftext|>",
+    "--init-from nope": "'nope' is not a folder", "--init-from=": "cannot read the tokenizer",
+    "--init-from model --d-model 8": "leave out d_model", "--init-from folder": "cannot read the tokenizer folder/tokenizer.json",
+    "--init-from model --tokenizer large.json": "the tokenizer has 258 tokens, the model 257",
+    "--eval-only": "'made' is not a folder", "--eval-only --init-from nope": "'nope' is not a folder",
+    "--out model": "model already holds a model; --resume", "--out model --resume": "model already holds a model",
+}
+
+
+@pytest.mark.parametrize("typed", FLAGS, ids=lambda typed: ascii(typed[:50]))
+def test_flags_that_cannot_be_are_refused(call, tmp_path, typed):
+    before = {path for path in tmp_path.rglob("*")}
+    flags = typed.split() if "=text:" not in typed else [typed]
+    status, words = call(*flags)
+    assert status
+    assert_sentence(words.replace(f"{Path(sys.argv[0]).name}: error", "train.py: error"), FLAGS[typed])
+    made = {path.name for path in tmp_path.rglob("*")} - {path.name for path in before}
+    assert not [name for name in made if name.endswith((".safetensors", ".bin", ".partial"))]
+
+
+RUN = "made/checkpoints/step-*/run.json"
+CORPUS = "corpus/tokens.bin"
+# Which file of a run, or of its corpus, is spoilt, what it holds then, and what --resume says.
+FILES = [
+    *[(RUN, content, "run.json") for content in (b"", b"{", b"[]", b"{}", b'{"settings": {}, "tokens": 64}')],
+    (RUN, b'{"settings": {}, "tokens": 64, "read": {}}', "has total_tokens None, this command 64"),
+    ("made/checkpoints/step-*/*.safetensors", b"", "a checkpoint in made could not be written or read"),
+    ("made/checkpoints/step-*/*.safetensors", b"text", "a checkpoint in made could not be written or read"),
+    ("corpus/tokenizer.json", b"{}", "cannot read the tokenizer corpus/tokenizer.json"),
+    ("corpus/tokenizer.json", LARGE.to_str().encode(), "vocab_size 257, this command 258"),
+    *[(CORPUS, content, f"{CORPUS} does not hold documents of uint16 that end with 256; make it again")
+      for content in (b"", b"a", TOKENS.tobytes()[:-2], TOKENS.tobytes() + b"a", TOKENS.astype(np.uint32).tobytes())],
+    (CORPUS, np.where(TOKENS == 32, 300, TOKENS).tobytes(), "token 300, but the model's vocabulary has only 257"),
+    (CORPUS, np.append(TOKENS[:900], END).tobytes(), "has data {'text': "),
+]
+
+
+@pytest.mark.parametrize("name, content, says", FILES)
+def test_files_that_are_damaged_are_refused(call, tmp_path, name, content, says):
+    assert call("--data", "corpus") == (False, "")
+    [path] = tmp_path.glob(name)
+    path.write_bytes(content)
+    status, words = call("--data", "corpus", "--resume")
+    assert status
+    assert_sentence(words, says)
+
+
+def test_a_corpus_of_another_tokenizer_than_the_models_is_refused(call):
+    Path("corpus/tokenizer.json").write_text(LARGE.to_str())
+    status, words = call("--init-from", "model", "--data", "corpus")
+    assert_sentence(words, "corpus", "of 258 tokens", "of 257", "--tokenizer")
+
+
+@pytest.mark.parametrize("gpus, nccl", [(0, True), (2, True), (3, False)])
+def test_a_process_without_a_gpu_or_nccl_is_a_sentence(call, monkeypatch, gpus, nccl):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(train, "start_processes", lambda _, start=train.start_processes: start(torch.device("cuda")))
+    assert_sentence(call()[1], "NCCL", f" {gpus} ", "--nproc-per-node", "--device cpu")
+
+
+def test_closed_standard_error_changes_nothing(call, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert call() == (False, "") and Path("made/model.safetensors").exists()
