@@ -252,8 +252,8 @@ def check(x, A, **others) -> None:
             raise ValueError(f"{name} is {[*v.shape]}, but must be {shapes[name]} because x is "
                              f"{[*x.shape]} and A {[*A.shape]}")
         if name == "reset" and v.dtype != torch.bool:
-            raise ValueError(f"reset is {v.dtype}, but must be torch.bool")
-        if name == "x" and not v.is_floating_point():
+            raise ValueError(f"reset is of {v.dtype}, but must be of torch.bool")
+        if name != "reset" and not v.is_floating_point():
             raise ValueError(f"{name} is of {v.dtype}, but must be of floats")
 
 
