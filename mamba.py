@@ -380,16 +380,19 @@ def read_json(path: Path) -> dict:
 
 def find(source: str | Path) -> Path:
     """The folder of that name, or else the local copy of the hub's repository of that name."""
-    folder = os.path.expanduser(source)             # leaves a ~ that it does not know
+    name = str(source)
+    folder = os.path.expanduser(name)       # leaves a ~ that it does not know
     if os.path.isdir(folder):
         return Path(folder)
+    if name.count("/") != 1:                # the hub's names are owner/model
+        raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
     try:
         files = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
         why = shorten(str(e), 200)
-        raise ValueError(f"{str(source)!r:.200} is no folder here, nor downloaded ({why!r}); "
-                         "`python train.py` makes a model for `--model out`") from e
+        raise ValueError(f"{name!r:.200} is no folder here, nor downloaded ({why!r}); without a "
+                         "network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
