@@ -129,8 +129,10 @@ def rename(folder, name):
     (tensors, {"more": torch.ones(2)}, ["more", "Unexpected"]),
     (tensors, {"a\nTraceback \x1b[31m" + "b" * 10**4: torch.ones(2)}, ["Unexpected"]),
     (tensors, {IN_PROJ: torch.ones(8, 32)}, [IN_PROJ, "[8, 32]", "[32, 8]"]),
-    *((tensors, {IN_PROJ: torch.ones(32, 8).to(dtype)}, [IN_PROJ, dtype]) for dtype in [
-        torch.int64, torch.bool, torch.float8_e4m3fn]),
+    *((tensors, {IN_PROJ: torch.ones(32, 8).to(dtype)}, [IN_PROJ, dtype, "quantised"]) for dtype in [
+        torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]),
+    (config, {"quantization_config": {"load_in_4bit": True}}, ["quantised", "load the unquantised"]),
+    (config, {"tie_word_embeddings": True}, [HEAD, "backbone.embeddings.weight", "tie_word_embeddings"]),
     *((shards, {IN_PROJ: target}, [".safetensors"]) for target in [
         "c.safetensors", "../model/a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", "a.bin",
         "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors", "a.safetensors/", "a\0.safetensors",
@@ -152,7 +154,7 @@ ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, 1e300, "8", "", True, []
 @pytest.mark.parametrize("f", fields(MambaConfig), ids=lambda f: f.name)
 def test_an_absurd_value_in_config_json_is_refused_by_its_published_name(folder, f):
     name = PUBLISHED.get(f.name, f.name)
-    for value in ABSURD[f.type]:
+    for value in ABSURD[f.type] + [[8, "8"], [8, None], [[8]]] * name.endswith("_id"):
         config(folder, {name: value})
         assert_refused(folder, name)
 
@@ -187,11 +189,24 @@ def test_weights_in_float64_become_fp32(folder):
     assert torch.equal(logits(again), before)
 
 
-def test_a_config_that_does_not_say_so_ties_the_embeddings_as_the_reference_does(folder):
+@pytest.mark.parametrize("stored", [["backbone.embeddings.weight"], ["backbone.embeddings.weight", HEAD]])
+def test_a_config_that_does_not_say_so_ties_the_embeddings_as_the_reference_does(folder, stored):
     config(folder, {"tie_word_embeddings": ...})
-    tensors(folder, {HEAD: ...})
+    tensors(folder, {HEAD: ...} | {name: torch.ones(257, 8) for name in stored})
     again = Mamba.from_pretrained(folder)
     assert again.lm_head.weight is again.backbone.embeddings.weight
+    assert (again.lm_head.weight == 1).all()
+
+
+@pytest.mark.parametrize("ids", [(None, None, None), (8, [11, 10], 11), (0, 11, None), (None, [256], 0)])
+@pytest.mark.parametrize("dtype", ["dtype", "torch_dtype"])
+def test_the_ids_of_config_json_are_saved_as_they_were_read(folder, tmp_path, ids, dtype):
+    names = ["bos_token_id", "eos_token_id", "pad_token_id"]
+    config(folder, dict(zip(names, ids)) | {dtype: "float16"})
+    Mamba.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert tuple(saved[name] for name in names) == ids
+    assert saved["dtype"] == "bfloat16"
 
 
 def test_what_replace_was_given_is_let_go_at_once(folder):

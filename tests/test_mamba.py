@@ -54,6 +54,11 @@ def test_transformers_loads_what_we_save_and_agrees(tmp_path, changes):
     assert_close(model(x)[0], reference(model, tmp_path).eval()(x).logits, **NEAR)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_it_in_the_dtype_that_we_saved(tmp_path, dtype):
+    assert reference(tiny().to(dtype), tmp_path).dtype == dtype
+
+
 def test_gradients_agree_with_the_reference(tmp_path):
     model, x = tiny(), draw(2, 20)
     theirs = reference(model, tmp_path).train()
