@@ -84,13 +84,6 @@ def refused(call):
     return run
 
 
-def fault(folder, *words, **kwargs):
-    """from_pretrained(folder) fails with a ValueError of one sentence, and with nothing else."""
-    with pytest.raises(ValueError) as e:
-        Mamba.from_pretrained(folder, **kwargs)
-    assert_sentence(str(e.value), *words)
-
-
 @contextlib.contextmanager
 def full_disk(size):
     """No file can grow past `size` bytes."""
@@ -117,34 +110,10 @@ def folder(pristine, tmp_path):
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
-def edit(folder, name="config.json", drop=(), **values):
-    """Change some values of the folder's config.json."""
-    raw = json.loads((folder / name).read_text()) | values
-    (folder / name).write_text(json.dumps({key: value for key, value in raw.items() if key not in drop}))
-
-
 def edit_tensors(folder, **values):
     """Change some tensors of the folder's model.safetensors; None removes one."""
     tensors = load_file(folder / "model.safetensors") | values
     save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
-
-
-def shard(folder, names=("a.safetensors", "b.safetensors")):
-    """Cut model.safetensors into files with an index -> the weight_map."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    keys = sorted(tensors)
-    parts = [keys[i::len(names)] for i in range(len(names))]
-    for name, part in zip(names, parts):
-        save_file({key: tensors[key] for key in part}, folder / name)
-    weight_map = {key: name for name, part in zip(names, parts) for key in part}
-    write_index(folder, weight_map)
-    return weight_map
-
-
-def write_index(folder, weight_map):
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def logits(model):
@@ -163,197 +132,10 @@ def test_a_whole_folder_loads_and_generates(folder, call):
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path, refused):
-    fault(tmp_path / "nope", "nope", "python train.py")
     refused(sample, "--model", tmp_path / "nope", "--prompt", "a", words=["nope", "python train.py"])
 
 
-def test_a_file_where_a_folder_should_be_is_named(folder):
-    fault(folder / "config.json", "config.json", "not a folder")
-
-
-@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model", "a\0b", "model\udcff", "../../a/b/c",
-                                  "-a/b", "~"])
-def test_a_name_that_can_be_no_folder_is_a_sentence(name, monkeypatch):
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)     # such a name is not looked up
-    with pytest.raises(ValueError) as e:
-        Mamba.from_pretrained(name)
-    assert len(str(e.value).splitlines()) == 1
-
-
-def test_an_empty_folder_is_not_a_checkpoint(tmp_path, refused):
-    fault(tmp_path, "config.json")
-    refused(sample, "--model", tmp_path, "--prompt", "a")
-
-
-@pytest.mark.parametrize("kind", ["mamba", "llama", "mamba2", "", None, 7, ["falcon_mamba"], "a\nb",
-                                  "x" * 10**5])
-def test_another_architecture_is_refused_by_its_name(folder, kind, refused):
-    edit(folder, model_type=kind)
-    fault(folder, "model_type", "falcon_mamba")
-
-
-def test_a_config_without_an_architecture_is_told_so(folder):
-    edit(folder, drop=["model_type"])
-    fault(folder, "model_type")
-    with pytest.raises(ValueError) as e:
-        Mamba.from_pretrained(folder)
-    assert "silu" not in str(e.value)
-
-
-def test_another_activation_is_refused(folder):
-    edit(folder, hidden_act="gelu")
-    fault(folder, "hidden_act", "gelu")
-
-
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "7", '"falcon_mamba"', "[" * 10**5, '{"a":' * 10**5,
-                                  "\xff\xfe", "{}", '{"model_type": "falcon_mamba"}', "9" * 10**4,
-                                  '{"vocab_size": 97,}', "\0" * 99])
-def test_a_broken_config_is_a_sentence(folder, text):
-    (folder / "config.json").write_bytes(text.encode("latin1"))
-    fault(folder, "config.json")
-
-
-def test_a_missing_config_and_a_folder_in_its_place_are_sentences(folder):
-    (folder / "config.json").unlink()
-    fault(folder, "no checkpoint", "No such file", "config.json")
-    (folder / "config.json").mkdir()
-    fault(folder, "config.json")
-
-
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers"])
-def test_a_missing_size_is_named(folder, name):
-    edit(folder, drop=[name])
-    fault(folder, name)
-
-
-def test_a_config_that_does_not_say_so_ties_the_embeddings_as_the_reference_does(folder):
-    edit(folder, drop=["tie_word_embeddings"])
-    edit_tensors(folder, **{"lm_head.weight": None})
-    model = Mamba.from_pretrained(folder)
-    assert model.lm_head.weight is model.backbone.embeddings.weight
-
-
-def test_more_layers_than_any_model_has_are_refused_before_they_are_built(folder):
-    edit(folder, num_hidden_layers=1025)
-    fault(folder, "num_hidden_layers", 1025, 1024)
-
-
 NAN, INF = float("nan"), float("inf")
-ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, -INF, 1e300, "8", "", True, False, [], [8], {},
-                {"a": 8}, "x" * 10**5],
-          float: [-1, 0, 1, 5.0, NAN, INF, 10**400, "1e-5", True, [], [1e-5], {}],
-          bool: [0, 1, "true", "", NAN, [], {}, 1.0]}
-
-
-@pytest.mark.parametrize("f", fields(MambaConfig), ids=lambda f: f.name)
-def test_absurd_config_values_are_refused_by_their_published_names(folder, f):
-    name, whole = PUBLISHED.get(f.name, f.name), json.loads((folder / "config.json").read_text())
-    for value in ABSURD[f.type]:
-        for derived in ((), ("intermediate_size", "time_step_rank")):    # both may follow from hidden_size
-            edit(folder, drop=[key for key in derived if key != name], **whole | {name: value})
-            if f.name == "eos_token_id" and value == [8]:                # a list is published for some models
-                continue
-            fault(folder, name)
-
-
-@pytest.mark.parametrize("value", [-1, 0, NAN, INF, -INF, 1e308, 10**400, 2**40, 0.01, "2", True, [2], {}])
-def test_an_absurd_expand_is_refused_where_it_decides(folder, value):
-    edit(folder, drop=["intermediate_size"], expand=value)
-    fault(folder)
-
-
-def test_sizes_that_are_large_but_possible_are_compared_before_anything_is_allocated(folder):
-    edit(folder, hidden_size=2**20, intermediate_size=2**20, vocab_size=2**20)
-    fault(folder, "[1048576, 1048576]", "[257, 8]")
-
-
-# Safetensors.
-
-
-def test_truncated_weights_are_refused_wherever_they_end(folder):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    header = 8 + struct.unpack("<Q", whole[:8])[0]
-    for length in [0, 1, 7, 8, 9, 100, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        fault(folder, "model.safetensors")
-    path.write_bytes(whole + b"\0" * 8)
-    fault(folder, "model.safetensors")
-
-
-@pytest.mark.parametrize("claim", [2**40, 2**63, 2**64 - 1, 100_000_001])
-def test_a_header_that_claims_terabytes_is_refused(folder, claim):
-    path = folder / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", claim) + path.read_bytes()[8:])
-    fault(folder, "model.safetensors")
-
-
-@pytest.mark.parametrize("header", [
-    b"[]", b"null", b"{", b'{"a": 1}', b"[" * 10**5, b'{"a":' * 10**4, b"\xff" * 10, b" " * 64,
-    b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
-    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
-    b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296, 4294967296], "data_offsets": [0, 0]}}',
-    b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
-    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'])
-def test_a_header_that_describes_no_tensors_is_refused(folder, header):
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
-    fault(folder, "model.safetensors")
-
-
-def test_a_folder_in_the_weights_place_is_a_sentence(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").mkdir()
-    fault(folder, "model.safetensors")
-
-
-def test_pickled_weights_alone_are_not_read(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    fault(folder, "pickle", "model.safetensors")
-    assert not Path("pwned").exists() and not (folder / "pwned").exists()
-
-
-def test_a_missing_tensor_is_named_with_its_shape(folder):
-    edit_tensors(folder, **{"backbone.layers.1.mixer.A_log": None})
-    fault(folder, "backbone.layers.1.mixer.A_log", "[16, 3]")
-
-
-def test_an_unexpected_tensor_is_named(folder):
-    edit_tensors(folder, **{"backbone.layers.2.mixer.A_log": torch.ones(2)})
-    fault(folder, "backbone.layers.2.mixer.A_log")
-
-
-def test_a_tensors_own_name_cannot_write_to_the_terminal(folder):
-    edit_tensors(folder, **{"a\nTraceback \x1b[31m" + "b" * 10**4: torch.ones(2)})
-    with pytest.raises(ValueError) as e:
-        Mamba.from_pretrained(folder)
-    assert str(e.value).isprintable() and len(str(e.value)) < 600
-
-
-def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
-    edit_tensors(folder, **{"backbone.layers.0.mixer.in_proj.weight": torch.ones(8, 32)})
-    fault(folder, "backbone.layers.0.mixer.in_proj.weight", "[8, 32]", "[32, 8]")
-
-
-def test_a_model_of_other_sizes_than_its_config_is_a_sentence_with_the_number_of_faults(folder):
-    edit(folder, state_size=5)
-    fault(folder, "[16, 3]", "[16, 5]")
-    edit(folder, state_size=3, num_hidden_layers=200)
-    fault(folder, "1980 tensors")       # ten of each of the 198 layers that are not there
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_weights_that_are_no_plain_floats_are_refused(folder, dtype):
-    edit_tensors(folder, **{"backbone.embeddings.weight": torch.ones(257, 8).to(dtype)})
-    fault(folder, "backbone.embeddings.weight")
-
-
-def test_weights_in_float64_become_fp32(folder):
-    before = logits(Mamba.from_pretrained(folder))
-    edit_tensors(folder, **{k: v.double() for k, v in load_file(folder / "model.safetensors").items()})
-    model = Mamba.from_pretrained(folder)
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -362,71 +144,6 @@ def test_weights_that_are_not_finite_end_in_a_sentence(folder, value, call):
     status, _, err = call(sample, "--model", folder, "--prompt", "a")
     assert status == 1
     assert_sentence(err.splitlines()[-1], "not finite")
-
-
-# Shards.
-
-
-def test_shards_load_to_the_same_model(folder, pristine):
-    shard(folder)
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(Mamba.from_pretrained(pristine)))
-
-
-@pytest.mark.parametrize("target", [
-    "../secret.safetensors", "/etc/passwd", "{absolute}", "sub/a.safetensors", "..", ".", "", "a.bin",
-    "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors", "a.safetensors/", "a\0.safetensors",
-    "\ud800.safetensors", "config.json", "a\n.safetensors", "x" * 10**5 + ".safetensors",
-    "..\\secret.safetensors"])
-def test_an_index_that_points_elsewhere_is_refused(folder, target):
-    weight_map = shard(folder)
-    for place in (folder.parent, folder / "sub"):
-        place.mkdir(exist_ok=True)
-        shutil.copy(folder / "a.safetensors", place / "secret.safetensors")
-    target = target.replace("{absolute}", str(folder.parent / "secret.safetensors"))
-    write_index(folder, {k: target if v == "a.safetensors" else v for k, v in weight_map.items()})
-    with pytest.raises(ValueError) as e:
-        Mamba.from_pretrained(folder)
-    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 600
-
-
-def test_a_missing_shard_is_named(folder):
-    shard(folder)
-    (folder / "b.safetensors").unlink()
-    fault(folder, "b.safetensors")
-
-
-def test_a_truncated_shard_is_named(folder):
-    shard(folder)
-    os.truncate(folder / "b.safetensors", 500)
-    fault(folder, "b.safetensors")
-
-
-def test_what_replace_was_given_is_let_go_at_once(folder):
-    """Or a model in 4 bit would first need the memory of the whole one."""
-    given = []
-
-    def replace(linear):
-        assert all(weight() is None for weight in given)
-        given.append(weakref.ref(linear.weight))
-        return torch.nn.Identity()
-    Mamba.from_pretrained(folder, replace=replace)
-    assert len(given) == 6
-
-
-def test_a_tensor_in_two_shards_is_named(folder):
-    weight_map = shard(folder)
-    shutil.copy(folder / "a.safetensors", folder / "c.safetensors")
-    write_index(folder, weight_map | {"again": "c.safetensors"})
-    fault(folder, "second time", "c.safetensors")
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}',
-                                  "[" * 10**5, '{"weight_map": {"a": null}}', '{"weight_map": {}}',
-                                  '{"weight_map": "a.safetensors"}'])
-def test_a_broken_index_is_a_sentence(folder, text):
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text(text)
-    fault(folder)
 
 
 # The tokenizer.
@@ -610,13 +327,6 @@ def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_
     assert_sentence(done.stderr, "tiiuae/falcon-mamba-7b-pre-decay", "python train.py", "--model out")
 
 
-def test_a_hub_that_answers_in_many_lines_is_still_a_sentence(monkeypatch, refused):
-    def download(*args, **kwargs):
-        raise RuntimeError("404\nRepository\tnot found\n\n" + "x" * 9999)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    refused(sample, "--model", "nobody/nothing", "--prompt", "a", words=["nobody/nothing", "--model out"])
-
-
 def test_standard_output_that_takes_no_more_is_a_sentence(folder):
     with open("/dev/full", "w") as full:
         done = subprocess_run("sample.py", "--model", folder, "--prompt", "a", "--max-new-tokens", "3",
@@ -749,98 +459,6 @@ def test_a_state_file_for_more_than_one_text_is_refused(folder, refused, tmp_pat
 def test_a_state_file_goes_on_in_one_text_alone(folder, refused, state):
     refused(sample, "--model", folder, "--load-state", state, "--prompt", "a", "--prompt", "b",
             words=["2 prompts"])
-
-
-# Saving.
-
-
-def other_model(**sizes):
-    torch.manual_seed(1)
-    return Mamba(MambaConfig(vocab_size=257, eos_token_id=256, **SIZES | sizes))
-
-
-def save_fault(model, folder):
-    with pytest.raises(OSError) as e:
-        model.save_pretrained(folder)
-    assert_sentence(str(e.value), folder)
-
-
-def test_an_unwritable_place_for_a_checkpoint_is_a_sentence(folder):
-    save_fault(other_model(), folder / "config.json")
-    save_fault(other_model(), folder / "config.json" / "sub")
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_whole(folder):
-    before = logits(Mamba.from_pretrained(folder))
-    with full_disk(1000):
-        save_fault(other_model(), folder)
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
-    assert not (folder / ".saving").exists()
-
-
-def test_a_first_save_that_fails_leaves_no_checkpoint(tmp_path):
-    with full_disk(1000):
-        save_fault(other_model(), tmp_path / "new")
-    assert not list(tmp_path.rglob("*.*"))
-
-
-def test_a_save_that_cannot_replace_the_weights_leaves_the_old_checkpoint(folder, monkeypatch):
-    before = logits(Mamba.from_pretrained(folder))
-
-    def fail(*args):
-        raise OSError("the disk was pulled out")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        save_fault(other_model(d_state=5), folder)
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
-    assert not (folder / ".saving").exists()
-
-
-@pytest.mark.parametrize("sizes", [{}, {"d_state": 5}])
-@pytest.mark.parametrize("move", [1, 2])
-def test_a_save_that_is_killed_leaves_one_whole_checkpoint_or_a_sentence(folder, sizes, move):
-    new = other_model(**sizes)
-    whole = [logits(model) for model in (Mamba.from_pretrained(folder), new)]
-    if (child := os.fork()) == 0:
-        replace, moves = os.replace, []
-
-        def die(*args):
-            moves.append(args)
-            if len(moves) == move:
-                os._exit(9)
-            replace(*args)
-        os.replace = die
-        new.save_pretrained(folder)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    try:
-        left = logits(Mamba.from_pretrained(folder))
-        assert any(torch.equal(left, each) for each in whole)
-    except ValueError as e:
-        assert sizes and move == 2
-        assert_sentence(str(e))
-    new.save_pretrained(folder)                 # and the next save clears it all up
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), whole[1])
-    assert not (folder / ".saving").exists()
-
-
-def test_what_a_killed_save_left_behind_does_no_harm(folder):
-    before = logits(Mamba.from_pretrained(folder))
-    (folder / ".saving").mkdir()
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
-        (folder / ".saving" / name).write_bytes(b"half")
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), before)
-    model = other_model()
-    model.save_pretrained(folder)
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(model))
-    assert not (folder / ".saving").exists()
-
-
-def test_a_checkpoint_in_shards_gives_way_to_the_model_saved_over_it(folder):
-    model = other_model()
-    shard(folder)
-    model.save_pretrained(folder)
-    assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(model))
 
 
 # Train.py.
