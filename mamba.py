@@ -328,6 +328,13 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path.parent} is no checkpoint: no JSON object in {path.name} ({e})") from e
 
 
+def replace_file(new: Path, path: Path) -> None:
+    """Let `new`, once it is safe on the disk, take the place of `path`."""
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
 def find(source: str | Path) -> Path:
     """The folder of that name or, failing one, the local copy of the hub's repository of that name."""
     name, folder = str(source), Path(os.path.expanduser(source))    # leaves a ~ that it does not know
