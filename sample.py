@@ -56,8 +56,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         starts = None if reset is None else reset[:, begin:end]
         _, state = model(tokens[:, begin:end], state, starts, last_only=True)
 
-    stops = [stop] if isinstance(stop, int) else stop or []
-    stops = torch.tensor(stops, dtype=torch.int64, device=tokens.device)
+    stops = torch.tensor([] if stop is None else stop, dtype=torch.int64, device=tokens.device)
     token = tokens[:, -1]                                       # (b,)
     starts = None if reset is None else reset[:, -1:]           # (b, 1)
     ended = torch.zeros_like(token, dtype=torch.bool)           # (b,)
@@ -138,35 +137,35 @@ class Text:
     def __init__(self, tokenizer: Tokenizer, before: list[int], prompt: str):
         """`before` are tokens of a former run. It has shown them, except for those that wait."""
         self.tokenizer = tokenizer
-        self.shown = []
-        self.waiting = []
+        self.tokens = []        # the last ones
+        self.shown = ""         # what of their text was shown
+        self.pieces = []
         for token in before:
             self.add(token)
-        self.pieces = []
         if prompt:      # shown as it was typed, which its tokens may not be
             self.pieces = [self.rest(), prompt]
-            self.shown = tokenizer.encode(prompt, add_special_tokens=False).ids[-TAIL:]
+            self.tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+            self.rest()
 
     def add(self, token: int) -> str:
         """One more token -> the text that can be shown now."""
-        self.waiting.append(token)
+        self.tokens.append(token)
         # Some tokenizers have a token <0xE2> for that byte. In a run of such tokens one wrong byte
         # spoils them all, so a run waits for its end. Others make U+FFFD of half a character.
         is_byte = re.fullmatch("<0x..>", self.tokenizer.id_to_token(token) or "")
-        if is_byte or self.decode(self.waiting).endswith("\ufffd"):
+        if is_byte or self.decode().endswith("\ufffd"):
             return ""
         return self.rest()
 
     def rest(self) -> str:
         """The text of all that waits, with U+FFFD for what is no character."""
-        before = self.decode(self.shown)
-        tokens = self.shown + self.waiting
-        self.shown = tokens[-TAIL:]
-        self.waiting = []
-        return self.decode(tokens)[len(before):]
+        piece = self.decode()[len(self.shown):]
+        self.tokens = self.tokens[-TAIL:]
+        self.shown = self.decode()
+        return piece
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+    def decode(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=False)
 
 
 def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], stop: list[int],
@@ -233,10 +232,9 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
         for layer, values in zip(layers, tensor):
             layer.copy_(values)                                 # (b, ...) from (1, ...)
     size = model.config.vocab_size
-    if last.dtype != torch.int64 or last.dim() != 1 or len(last) == 0:
-        raise ValueError(f"{path} has last tokens of {[*last.shape]} in {last.dtype}, not [1] in int64")
-    if last.min() < 0 or last.max() >= size:
-        raise ValueError(f"{path} is damaged: not all its last tokens {last.tolist()} are below {size}")
+    is_list = last.dtype == torch.int64 and last.dim() == 1 and len(last) > 0
+    if not is_list or last.min() < 0 or last.max() >= size:
+        raise ValueError(f"{path} is damaged: its last tokens {last.tolist()!r:.200} are none of the {size}")
     return state, last.tolist()
 
 
@@ -458,11 +456,9 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
         help="folder or Hugging Face hub id (default %(default)s)")
-    add("--prompt", action="append", metavar="TEXT",
-        help="text to continue, - for standard input; repeat for a batch")
+    add("--prompt", action="append", help="text to continue, - for standard input; repeat for a batch")
     add("--max-new-tokens", type=number(int, 0, 10**9), default=200, help="default %(default)s")
-    add("--temperature", type=number(float, 0, 1e6), default=0.8,
-        help="0 takes the likeliest (default %(default)s)")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: the likeliest (default 0.8)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
     add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this probability")
     add("--seed", type=number(int, 0, 2**63 - 1), default=torch.seed() % 2**63,

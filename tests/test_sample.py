@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -208,7 +207,7 @@ KINDS = [byte_tokenizer, fallback_tokenizer, unigram_tokenizer, wordpiece_tokeni
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(tokens=st.lists(st.one_of(st.integers(0, 264), st.sampled_from(list("aé€😀".encode()))), max_size=60))
+@given(tokens=st.lists(st.integers(0, 255) | st.sampled_from([*"aé€😀".encode()]) | st.integers(256, 265), max_size=80))
 def test_the_pieces_joined_are_what_decoding_the_whole_gives(kind, tokens):
     tokenizer = kind()
     text = Text(tokenizer, [], "")
@@ -305,8 +304,7 @@ def test_compiled_steps_keep_the_samples_from_one_state_apart(folder, run, tmp_p
     assert run(folder, *flags, "--compile").out == plain and len(set(strides)) == 1
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_keeps_the_state_of_what_was_written(folder, run, tmp_path, times):
+def test_ctrl_c_keeps_the_state_of_what_was_written(folder, run, tmp_path):
     flags = ["--model", folder, "--prompt", "abc", "--device", "cpu", "--temperature", "0"]
     flags = [*map(str, flags), "--max-new-tokens", "100000", "--save-state", str(tmp_path / "kept")]
     with subprocess.Popen([sys.executable, sample.__file__, *flags], text=True,
