@@ -147,7 +147,7 @@ FILES = [
       for dtype in (torch.int32, torch.bool, torch.complex64)],
     *[("state", {name: torch.full(shape, NAN)}, "state is damaged: not all of its numbers are finite")
       for name, shape in (("conv", (2, 1, 3, 32)), ("ssm", (2, 1, 32, 4)))],
-    *[("state", {"last": torch.tensor([1, token])}, f"damaged: its last tokens [1, {token}] are none of the 257")
+    *[("state", {"last": torch.tensor([1, token])}, f"damaged: its last tokens [1, {token}] are not from 0 to 256")
       for token in (-1, 257, 2**62, -2**63)],
     *[("state", {"last": last}, "its last tokens")
       for last in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.ones(0, dtype=torch.int64))],
