@@ -377,7 +377,8 @@ def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
     """What transformers reads as a FalconMambaConfig."""
     raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
            "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
-           "residual_in_fp32": True}
+           "residual_in_fp32": True,
+           "pad_vocab_size_multiple": 1}    # else llama.cpp's converter rounds vocab_size up
     for f in fields(config):
         raw[PUBLISHED.get(f.name, f.name)] = getattr(config, f.name)
     path.write_text(json.dumps(raw, indent=2) + "\n")
@@ -389,13 +390,6 @@ def read_json(path: Path) -> dict:
         return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
         raise ValueError(f"{path.parent} is no checkpoint, its {path.name} no JSON: {e}") from e
-
-
-def replace_file(new: Path, path: Path) -> None:
-    """Let `new`, once it is safe on the disk, take the place of `path`."""
-    with new.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
 
 
 def find(source: str | Path) -> Path:

@@ -249,11 +249,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"cannot read the tokenizer {path}: {str(error)!r:.300}") from error
     tokenizer.no_truncation()       # a file may ask for these two
     tokenizer.no_padding()
+    tokenizer.post_processor = None     # which may add a token at the front: Falcon-Mamba has none there
     return tokenizer
-
-
-def end_tokens(folder, tokenizer):
-    return [11]
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
