@@ -31,8 +31,9 @@ from mamba import Block, Mamba, State, find, read_json, replace_file
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
+TAIL = 16       # tokens that are decoded again with the next ones, whose text may depend on them
+KEPT = 1000     # last tokens in a state file: more than ever wait for the rest of a character
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TAIL = 32       # last tokens that matter to the text of the next ones: no character has more bytes
 
 
 @torch.inference_mode()
@@ -204,8 +205,8 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
 
 
 def save_state(path: Path, state: State, tokens: list[int]) -> None:
-    """Keep one text's state, which has read all tokens but the last, and the last few tokens."""
-    last = torch.tensor(tokens[-TAIL:])
+    """Keep one text's state, which has read all tokens but the last, and the last tokens."""
+    last = torch.tensor(tokens[-KEPT:])
     file = save({"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": last})
     new = path.with_name(path.name + ".partial")
     try:
@@ -218,7 +219,7 @@ def save_state(path: Path, state: State, tokens: list[int]) -> None:
 
 
 def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
-    """The state in a file, once for each of `batch` texts, and the last few tokens."""
+    """The state in a file, once for each of `batch` texts, and the last tokens."""
     try:
         found = load_file(path)
         last = found["last"]
@@ -238,7 +239,8 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
     size = model.config.vocab_size
     is_list = last.dtype == torch.int64 and last.dim() == 1 and len(last) > 0
     if not is_list or last.min() < 0 or last.max() >= size:
-        raise ValueError(f"{path} is damaged: its last tokens {last.tolist()!r:.200} are not from 0 to {size - 1}")
+        raise ValueError(f"{path} is damaged: not all its last tokens are numbers from 0 to {size - 1}: "
+                         f"{last.tolist()!r:.200}")
     return state, last.tolist()
 
 
