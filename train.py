@@ -284,15 +284,17 @@ def tokenize_to(folder: Path, paths: list[Path], tokenizer: Tokenizer, end: int)
     if folder.exists():
         raise ValueError(f"--tokenize-to {folder} exists already; remove it, or name another folder")
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)      # of a run that was killed
-    partial.mkdir(parents=True)
-    tokenizer.save(str(partial / "tokenizer.json"))
     count = 0
-    with (partial / "tokens.bin").open("wb") as file:
-        for part in tokenized(paths, tokenizer, end):
-            file.write(part.tobytes())
-            count += len(part)
-    partial.rename(folder)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        with (partial / "tokens.bin").open("wb") as file:
+            for part in tokenized(paths, tokenizer, end):
+                file.write(part.tobytes())
+                count += len(part)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)      # if it did not come so far
     print(f"{folder}: {count:,} tokens")
 
 def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
@@ -656,24 +658,21 @@ def write_tokenizer(out: Path, tokenizer: Tokenizer, end: int, source: Path | No
     `source` is the model to start from, if its tokenizer is in use. What lies there is carried along.
     """
     word = tokenizer.id_to_token(end)
-    files = {
-        "tokenizer.json": json.loads(tokenizer.to_str()),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",       # that is tokenizer.json, unchanged
-            "bos_token": word, "eos_token": word, "pad_token": word,
-            "padding_side": "left",                             # because generation goes on at the right
-            "model_input_names": ["input_ids", "attention_mask"]},
-        "generation_config.json": {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast",         # that is tokenizer.json, unchanged
+              "bos_token": word, "eos_token": word, "pad_token": word,
+              "padding_side": "left",                               # because new tokens come on the right
+              "model_input_names": ["input_ids", "attention_mask"]}
+    generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    write_file(out / "tokenizer.json", tokenizer.to_str().encode())
+    write_file(out / "tokenizer_config.json", json.dumps(config, indent=1).encode())
     if source:
-        for name in [*files, "special_tokens_map.json"]:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             if (source / name).exists():
-                files[name] = read_json(source / name)
-        # The pre-decay model's file says 0, which is no end of a text.
-        files["generation_config.json"]["eos_token_id"] = end_tokens(source, tokenizer)
-        if (source / "chat_template.jinja").exists():
-            shutil.copy(source / "chat_template.jinja", out)
-    for name, content in files.items():
-        write_file(out / name, json.dumps(content, indent=1, ensure_ascii=False).encode())
+                write_file(out / name, (source / name).read_bytes())
+        if (source / "generation_config.json").exists():
+            generation = read_json(source / "generation_config.json")
+        generation["eos_token_id"] = end_tokens(source, tokenizer)  # the pre-decay model's 0 ends no text
+    write_file(out / "generation_config.json", json.dumps(generation, indent=1).encode())
 
 def train(trainer: Trainer) -> bool:
     """Train to the recipe's end, or until Ctrl-C or SIGTERM. Returns whether it is the end."""
