@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 from sample import number
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-SIZES = "--d-model 32 --n-layer 2 --d-state 8".split()
-SMALL = SIZES + ("--context 64 --batch-start 4 --batch-end 16 --total-tokens 20000 --warmup-tokens 1000 "
-                 "--ramp-tokens 4000 --decay-tokens 8000 --checkpoint-every 3 --eval-every 8 --device cpu").split()
+SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --batch-start 4 --batch-end 16 "
+         "--total-tokens 20000 --warmup-tokens 1000 --ramp-tokens 4000 --decay-tokens 8000 "
+         "--checkpoint-every 3 --eval-every 8 --device cpu").split()
 
 
 def command(data: Path, out: Path, *flags: str) -> list[str]:
