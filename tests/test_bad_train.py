@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import END, trained
 from tokenizers import Tokenizer, models
 
 import train
@@ -17,7 +18,6 @@ from mamba import Mamba, MambaConfig
 
 QUICK = "--total-tokens 64 --context 16 --batch-start 1 --batch-end 2 --device cpu --out made".split()
 SIZES = "--d-model 8 --n-layer 1 --d-state 2".split()
-END = 256       # the byte tokenizer's
 TEXT = b"the quick brown fox jumps over the lazy dog\n" * 40
 TOKENS = np.array([*TEXT, END], np.uint16)
 tokenizer = train.byte_tokenizer()
@@ -44,8 +44,8 @@ def pristine(tmp_path_factory):
 
 
 @pytest.fixture
-def call(pristine, tmp_path, monkeypatch, capsys):
-    """call(*flags) runs the program beside a copy of `pristine` -> exit status, and its last words."""
+def call(pristine, tmp_path, monkeypatch, trained):
+    """call(*flags) runs the program beside a copy of `pristine` -> its exit status, and its last words."""
     shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
@@ -53,18 +53,9 @@ def call(pristine, tmp_path, monkeypatch, capsys):
         given = " ".join(flags)
         data = [] if "--data" in given else ["--data", "text"]
         sizes = [] if re.search("--init-from|--eval-only", given) else SIZES
-        monkeypatch.setattr(sys, "argv", ["train.py", *data, *QUICK, *sizes, *flags])
-        capsys.readouterr()
-        status = 0
-        try:
-            train.main()
-        except SystemExit as end:
-            status = end.code
-        lines = capsys.readouterr().err.splitlines()
-        words = [line for line in lines if not line.startswith(("usage:", " ", "skipping "))]
-        if isinstance(status, str):         # Python would print it, and exit with 1
-            words.append(status)
-        return bool(status), "\n".join(words)
+        status, _, err = trained(*data, *QUICK, *sizes, *flags)
+        notes = "usage:", " ", "skipping "
+        return status, "\n".join(line for line in err.splitlines() if not line.startswith(notes))
     return run
 
 
@@ -78,9 +69,9 @@ def assert_sentence(text, *words):
 def test_nothing_is_refused_without_a_reason(call):
     """Or the refusals below would prove nothing."""
     for data in ("text", "corpus"):
-        assert call("--data", data, "--out", f"made of {data}") == (False, "")
-    assert call("--init-from", "model") == (False, "")
-    assert call("--data", "text", "--tokenize-to", "another") == (False, "")
+        assert call("--data", data, "--out", f"made of {data}") == (0, "")
+    assert call("--init-from", "model") == (0, "")
+    assert call("--data", "text", "--tokenize-to", "another") == (0, "")
 
 
 # What is typed, and what is said.
@@ -145,7 +136,7 @@ FILES = [
 
 @pytest.mark.parametrize("name, content, says", FILES)
 def test_files_that_are_damaged_are_refused(call, tmp_path, name, content, says):
-    assert call("--data", "corpus") == (False, "")
+    assert call("--data", "corpus") == (0, "")
     [path] = tmp_path.glob(name)
     path.write_bytes(content)
     flags = ["--out", "fresh"] if says == "token 300" else ["--resume"]
@@ -166,4 +157,4 @@ def test_a_process_without_a_gpu_or_nccl_is_a_sentence(call, monkeypatch, gpus, 
 
 def test_closed_standard_error_changes_nothing(call, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    assert call() == (False, "") and Path("made/model.safetensors").exists()
+    assert call() == (0, "") and Path("made/model.safetensors").exists()
