@@ -21,8 +21,7 @@ LAST = 4            # bytes that the n-gram model looks back: with 3 or 5 it tak
 def ngram_bits(seen: bytes, text: bytes) -> float:
     """By Witten and Bell's smoothing: the more kinds of bytes followed, the more counts a byte less."""
     grams = Counter(seen[i - n:i + 1] for n in range(LAST + 1) for i in range(n, len(seen)))
-    total = Counter()
-    kinds = Counter()
+    total, kinds = Counter(), Counter()
     for gram, count in grams.items():
         total[gram[:-1]] += count
         kinds[gram[:-1]] += 1
@@ -38,7 +37,7 @@ def ngram_bits(seen: bytes, text: bytes) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compare the default run with compressors.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path, help="the folder that `python train.py` made")
     out = parser.parse_args().out
     try:
@@ -54,8 +53,8 @@ if __name__ == "__main__":
     trained_on = [source.row(read, l, l, seed=0)[:-1] for read in range(0, end["tokens"], l)]
     text = tokenizer.decode(np.concatenate(rows).tolist()).encode()
     seen = tokenizer.decode(np.concatenate(trained_on).tolist()).encode()
-    bits = {str(out): nats * l * len(rows) / math.log(2), f"{LAST + 1}-grams": ngram_bits(seen, text)}
+    bits = {"the run": nats * l * len(rows) / math.log(2), f"{LAST + 1}-grams": ngram_bits(seen, text)}
     for name, pack in {"xz": lzma, "gzip": gzip}.items():
         bits[name] = 8 * (len(pack.compress(seen + text)) - len(pack.compress(seen)))
     for name, number in bits.items():
-        print(f"{name:16}{number / len(text):.2f} bits a byte")
+        print(f"{name:9}{number / len(text):.2f} bits a byte")
