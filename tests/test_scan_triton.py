@@ -174,10 +174,11 @@ def test_two_runs_give_the_same_bits():
         assert same(results(selective_scan, p), results(selective_scan, p))
 
 
-def test_the_backward_in_groups_of_chunks_is_the_backward():
-    with in_chunks(2) as patch:
+@pytest.mark.parametrize("k, l", [(2, 14), (1, 25)])
+def test_the_backward_in_groups_of_chunks_is_the_backward(k, l):
+    with in_chunks(k) as patch:
         patch.setattr(scan_triton, "SCRATCH", 1)      # one chunk at a time
-        check(problem(2, 14, 35, 2), some_resets(2, 14))
+        check(problem(2, l, 35, 2), some_resets(2, l))
 
 
 def columns(v):
