@@ -345,49 +345,65 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
     return model, tokenizer, stop
 
 
+def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts of any lengths as one tensor (b, l), and where its documents start.
+
+    Shorter prompts are padded on the left. The padding is a document, and the prompt after it another.
+    """
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    tokens = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
+    if not any(padding):
+        return tokens, None
+    starts = torch.tensor(padding, device=device)[:, None]                  # (b, 1)
+    return tokens, torch.arange(length, device=device) == starts            # (b, l), (b, l)
+
+
+def ctrl_c() -> Event:
+    """An event that the first Ctrl-C sets. A second one ends the program."""
+    pressed = Event()
+
+    def press(_number, _frame):
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, press)
+    return pressed
+
+
 def run(args: argparse.Namespace) -> None:
     prompts = args.prompt
     if "-" in prompts:
-        typed = sys.stdin.read().removesuffix("\n") if sys.stdin else ""        # None if it is closed
+        typed = sys.stdin.read().removesuffix("\n") if sys.stdin else ""    # None if it is closed
         prompts = [typed if prompt == "-" else prompt for prompt in prompts]
     if not args.load_state and not all(prompts):
-        raise ValueError("without --load-state, each --prompt needs some text, and so does standard input")
+        raise ValueError("without --load-state, each --prompt needs text, and so does standard input")
     model, tokenizer, stop = load(args)
     rows = [encode(tokenizer, prompt) for prompt in prompts] * args.num_samples
     prompts = prompts * args.num_samples
-    before = []
     state = None
+    before = []
     if args.load_state:
         state, before = load_state(args.load_state, model, len(rows))
         rows = [before[-1:] + row for row in rows]      # the state has not read the last token
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
-
-    # Shorter prompts are padded on the left. The padding is a document, and so is the prompt after it.
-    longest = max(map(len, rows))
-    padding = torch.tensor([[longest - len(row)] for row in rows], device=args.device)          # (b, 1)
-    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=args.device)
-    reset = torch.arange(longest, device=args.device) == padding if padding.any() else None     # (b, l)
-    if longest > PIECE:
-        tell(f"reading {longest} tokens")
+    tokens, reset = padded(rows, args.device)
+    if tokens.shape[1] > PIECE:
+        tell(f"reading {tokens.shape[1]} tokens")
     if args.compile:
         tell("compiling for up to a minute, at the first tokens")
         compile_blocks()
 
-    interrupted = Event()
-
-    def interrupt(_number, _frame):
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # a second one ends at once
-    if args.save_state:     # so Ctrl-C ends the text after a whole token, and its state can be kept
-        signal.signal(signal.SIGINT, interrupt)
+    # Ctrl-C ends the text after a whole token if its state is to be kept, and at once if not.
+    interrupted = ctrl_c() if args.save_state else Event()
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                      stop, generator, state, reset, interrupted)
     made, times, state = write(steps, tokenizer, prompts, stop, before, bool(args.save_state))
     if args.save_state:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        save_state(args.save_state, state, before[:-1] + rows[0] + [step[0] for step in made])
+        new = [step[0] for step in made]
+        save_state(args.save_state, state, before[:-1] + rows[0] + new)
     report(times, rows, model)
     if interrupted.is_set():
         raise KeyboardInterrupt

@@ -229,12 +229,12 @@ def test_a_character_is_shown_once_all_its_bytes_are_there_and_the_end_never(cap
     assert times == sorted(times) and len(times) == 8
 
 
-@pytest.mark.parametrize("end", [256, 0xe2])
-def test_what_never_becomes_a_character_is_shown_in_the_end(capsys, end):
-    tokenizer = fallback_tokenizer()
+@pytest.mark.parametrize("goes_on, end, shown", [
+    (False, 0xe2, 3), (True, 0xe2, 0), (False, 256, 2), (True, 256, 2)])
+def test_what_never_becomes_a_character_is_shown_in_the_end(capsys, goes_on, end, shown):
     steps = (torch.tensor([token]) for token in [0xe2, 0x82, end])
-    sample.write(steps, tokenizer, ["a"], [256])
-    assert capsys.readouterr().out == "a" + "\ufffd" * (2 if end == 256 else 3) + "\n"
+    sample.write(steps, fallback_tokenizer(), ["a"], [256], goes_on=goes_on)
+    assert capsys.readouterr().out == "a" + "\ufffd" * shown + "\n"
 
 
 @pytest.mark.parametrize("config, generation, endoftext, expected", [
