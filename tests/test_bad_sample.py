@@ -85,7 +85,7 @@ def test_nothing_is_refused_without_a_reason(call):
 
 # What is typed, and what is said.
 FLAGS = {
-    "": "--prompt", "--prompt=": "needs text", "--prompt a --prompt=": "needs some text",
+    "": "--prompt", "--prompt=": "needs text", "--prompt a --prompt=": "needs text",
     "--prompt": "expected one argument", "--model": "expected one argument", "stray": "unrecognized",
     "--prompt caf\udce9": "the prompt is not UTF-8 text", "--unknown": "unrecognized",
     "--prompt a --model nope": "nope' is not a folder; `python train.py` makes one",
