@@ -242,7 +242,7 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, dict[str, l
     for name in "last", "shown", "waiting":
         values = found.get(name, none)      # former versions kept the first only
         is_list = values.dtype == torch.int64 and values.dim() == 1
-        is_whole = name != "last" or len(values) == 1
+        is_whole = name != "last" or values.numel() == 1
         if not is_list or not is_whole or values.lt(0).any() or values.ge(size).any():
             raise ValueError(f"{path} is damaged: {name} is no list of tokens from 0 to {size - 1}, "
                              f"but {values.tolist()!r:.200}")
