@@ -1,28 +1,30 @@
 """Falcon-Mamba: the model and its checkpoint. Read scan.py first; sample.py and train.py come next.
 
-A language model that carries a state of fixed size from token to token, where a transformer carries a cache
-that grows with the text. Each of the 7B's sixty-four layers reads the residual stream, a vector of d_model
-numbers for each token, and adds to it:
+A language model that carries a state of fixed size from token to token, where a transformer carries
+a cache that grows with the text. Each of the 7B's sixty-four layers reads the residual stream, a
+vector of d_model numbers for each token, and adds to it:
 
-    x, z = in_proj(RMSNorm(stream))                 (b, l, d) each: a signal, and the gate of its result
-    x = SiLU(conv(x))                               each channel sees its own last d_conv inputs
-    dt, B, C = x_proj(x)                            (b, l, r), (b, l, n) twice: how this token moves the state
-    dt, B, C = RMSNorm(dt), RMSNorm(B), RMSNorm(C)  all that Falcon-Mamba adds to Mamba: training stays stable
-    y = scan(x, dt_proj(dt), A, B, C, D, z)         scan.py; dt_proj widens dt to (b, l, d)
+    x, z = in_proj(RMSNorm(stream))            (b, l, d) each: a signal, and the gate of its result
+    x = SiLU(conv(x))                          each channel sees its own last d_conv inputs
+    dt, B, C = x_proj(x)                       (b, l, r), (b, l, n), (b, l, n): see scan.py
+    dt, B, C = norm(dt), norm(B), norm(C)      all that Falcon-Mamba adds: training stays stable
+    y = scan(x, dt_proj(dt), A, B, C, D, z)    dt_proj widens dt to (b, l, d)
     stream = stream + out_proj(y)
 
-Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; the published
-checkpoints, whose tensor names are our attribute names. `python mamba.py` prints the 7B, tensor by tensor.
+Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; the
+published checkpoints, whose tensor names are our attribute names; and modeling_falcon_mamba.py in
+the package transformers, which is "the reference" below. `python mamba.py` prints the 7B.
 
-Sizes in the shape comments: b batch, l length, m d_model, d d_inner, n d_state, r dt_rank, k d_conv.
+Sizes: b batch, l length, m d_model, d d_inner, n d_state, r dt_rank, k d_conv.
 """
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import InitVar, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -36,12 +38,6 @@ from torch import Tensor
 
 from scan import selective_scan
 
-# Where config.json uses another name than we do.
-PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
-             "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
-             "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps", "bias": "use_bias",
-             "conv_bias": "use_conv_bias", "tie_embeddings": "tie_word_embeddings"}
-
 
 @dataclass
 class MambaConfig:
@@ -51,6 +47,7 @@ class MambaConfig:
     n_layer: int = 64
     d_state: int = 16
     d_conv: int = 4
+    expand: int = 2
     d_inner: int = None                 # expand x d_model unless given
     dt_rank: int = None                 # d_model / 16, rounded up, unless given
     norm_eps: float = 1e-5              # in the RMSNorms of the residual stream
@@ -59,60 +56,42 @@ class MambaConfig:
     conv_bias: bool = True
     tie_embeddings: bool = False        # lm_head is the embedding matrix
     initializer_range: float = 0.1      # standard deviation of fresh linear and embedding weights
-    bos_token_id: int = 0               # never put before a text
-    eos_token_id: int = 11
-    pad_token_id: int = 0
-    expand: InitVar[int] = 2            # not kept: both 7B files say 16, beside the right d_inner
+    bos_token_id: int = 0               # or None; never put before a text
+    eos_token_id: int = 11              # or None, or a list: a text ends at any of them
+    pad_token_id: int = 0               # or None
 
-    def __post_init__(self, expand):
-        for f in fields(self):      # in order: d_model has been checked when these two are made from it
-            if f.name == "d_inner" and self.d_inner is None:
-                self.d_inner = expand * self.d_model if type(expand) is int else expand
-            if f.name == "dt_rank" and self.dt_rank is None:
-                self.dt_rank = -(-self.d_model // 16)
-            value, low = getattr(self, f.name), 0 if f.name.endswith("_id") else 1
-            high = 2**10 if f.name == "n_layer" else 2**20      # a broken file shall not ask for all memory
-            low, high = {bool: (False, True), float: (1e-30, 1), int: (low, high)}[f.type]
-            if type(value) is not f.type or not low <= value <= high:
-                names = {f.name: 0, PUBLISHED.get(f.name, f.name): 0}      # the flag's and the file's, or one
-                raise ValueError(f"{' or '.join(names)} is {value!r:.50}, but must be {f.type.__name__} from "
-                                 f"{low} to {high}")
+    def __post_init__(self):
+        require(self, int, 1, 2**20, "vocab_size", "d_model", "d_state", "d_conv", "expand")
+        require(self, int, 1, 2**10, "n_layer")     # a broken file shall not ask for all memory
+        require(self, float, 1e-30, 1, "norm_eps", "mixer_norm_eps", "initializer_range")
+        require(self, bool, False, True, "bias", "conv_bias", "tie_embeddings")
+        require(self, int, 0, 2**20, "bos_token_id", "eos_token_id", "pad_token_id")
+        if self.d_inner is None:
+            self.d_inner = self.expand * self.d_model
+        if self.dt_rank is None:
+            self.dt_rank = math.ceil(self.d_model / 16)
+        require(self, int, 1, 2**20, "d_inner", "dt_rank")
+        self.expand = max(1, self.d_inner // self.d_model)      # the 7B's file says 16, and means 2
 
     @classmethod
     def from_json(cls, path: Path) -> "MambaConfig":
-        """Read a published config.json; ValueError if missing, broken, or another architecture's."""
-        raw = {"hidden_act": "silu", "tie_word_embeddings": True} | read_json(path)    # as the reference does
-        for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
-            if raw.get(name) != ours:
-                raise ValueError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
-        names = {PUBLISHED.get(f.name, f.name): f.name for f in fields(cls)} | {"expand": "expand"}
-        config = {names[k]: v for k, v in raw.items() if k in names and v not in (None, "auto")}
-        if missing := {"vocab_size", "d_model", "n_layer"} - config.keys():
-            raise ValueError(f"{path} lacks {', '.join(sorted(PUBLISHED.get(m, m) for m in missing))}")
-        if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
-            config["eos_token_id"] = config["eos_token_id"][0]
-        return cls(**config)
-
-    def to_json(self, path: Path) -> None:
-        """Write what transformers reads as a FalconMambaConfig."""
-        raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
-               "hidden_act": "silu", "expand": max(1, self.d_inner // self.d_model), "residual_in_fp32": True}
-        raw |= {PUBLISHED.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
-        path.write_text(json.dumps(raw, indent=2) + "\n")
+        """From a published config.json; ValueError if it is missing, broken, or another model's."""
+        return cls(**read_config(path))
 
 
 class State(NamedTuple):
-    """All that the model remembers of the text so far: 37 MB for the 7B, after one token or a million."""
-    conv: list[Tensor]      # a layer: (b, k - 1, d), its convolution's last inputs, in the activations' dtype
-    ssm: list[Tensor]       # a layer: (b, d, n), the scan's h; fp32, as bf16 loses what is small beside it
+    """All that the model remembers of a text: 37 MB for the 7B, after one token or a million."""
+    conv: list[Tensor]      # of each layer (b, k - 1, d): the convolution's last inputs
+    ssm: list[Tensor]       # of each layer (b, d, n): the scan's h, in fp32
 
 
 class RMSNorm(nn.RMSNorm):
     """PyTorch's, from the stream's fp32 to the dtype of its weight."""
 
     def forward(self, stream):
-        # Rounded once, here; the reference rounds before it multiplies by the weight, too.
-        return F.rms_norm(stream, self.normalized_shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        # Rounded once, at the end. The reference also rounds before it multiplies by the weight.
+        y = F.rms_norm(stream, self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(self.weight.dtype)
 
 
 class Mixer(nn.Module):
@@ -121,59 +100,65 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split, self.eps = (r, n, n), config.mixer_norm_eps
+        self.split = r, n, n
+        self.eps = config.mixer_norm_eps
         self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
-        self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # holds the tensors; see conv()
+        self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # only holds its tensors
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
         self.dt_proj = nn.Linear(r, d)
-        # A = -exp(A_log) < 0, however training moves it. At first -1 to -n: n numbers that fade at n speeds.
+        # A = -exp(A_log) is negative, however training moves A_log. Fresh, A is -1, -2, ..., -n in
+        # each channel: n numbers that fade at n speeds.
         self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, stream, past, h0, reset):
         """stream (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
-        x, z = self.in_proj(stream).chunk(2, dim=-1)                        # (b, l, d), (b, l, d)
-        z = z.contiguous()      # a copy in training: to keep a view for the backward would keep x's half too
-        x, past = self.conv(x, past, reset)                                 # (b, l, d), (b, k - 1, d)
-        dt, B, C = self.selection(x)                                        # (b, l, d), (b, l, n), (b, l, n)
-        A = -torch.exp(self.A_log.float())                                  # (d, n)
-        # dt_proj's bias is added in the scan, in fp32: near -7, a step of 0.001, bf16 would be 1 % off.
+        x, z = self.in_proj(stream).chunk(2, dim=-1)                # (b, l, d), (b, l, d)
+        z = z.contiguous()      # the backward keeps it, and a view would keep x's half as well
+        x, past = self.conv(x, past, reset)                         # (b, l, d), (b, k - 1, d)
+        dt, B, C = self.selection(x)                                # (b, l, d), (b, l, n) twice
+        A = -torch.exp(self.A_log.float())                          # (d, n)
+        # dt_proj's bias is added in the scan, in fp32. At -7 a token lasts 0.001. bf16 would round
+        # -7 by up to 0.016, and so change that time by 1.6 %.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h0, reset)
         return self.out_proj(y), past, h
 
     def conv(self, x, past, reset):
-        """SiLU of the causal convolution, as k taps: weight i times the input of k - 1 - i tokens ago.
+        """SiLU of the causal convolution: tap i is weight i times the input k - 1 - i tokens ago.
 
-        `doc` numbers documents, and a tap counts only where its token has the number of the token it serves.
-        With k = 3, reset = [0, 1, 0] gives doc = [0, 0 | 0, 1, 1], where 0 is the text before: token 1 sees
-        only itself, as its taps at tokens -1 and 0 have another number.
+        A tap counts only if its input is of the same document as the token it serves. `doc` numbers
+        the documents; 0 is the text before. For k = 3 and reset = [0, 1, 0] it is [0, 0, 0, 1, 1]:
+        two inputs of the past, three tokens. Token 1 sees only itself: the two before it are 0.
         """
         k, l = self.conv1d.kernel_size[0], x.shape[1]
-        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d), the present last
-        bias = weight.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.float()
+        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d)
+        bias = self.conv1d.bias
+        bias = weight.new_zeros(1) if bias is None else bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
-        past, window = window[:, l:].clone(), window.float()                # a view would keep it all alive
-        if l == 1 and reset is None:                                        # the loop below, in one product
-            return F.silu(bias + (window * weight).sum(1, keepdim=True)).to(x.dtype), past
-        if reset is not None:
-            doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
-            past = past.masked_fill((doc[:, l:] != doc[:, -1:])[..., None], 0)      # of former documents
+        past = window[:, l:].clone()        # a view would keep the whole window in memory
+        window = window.float()
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
-        for i in range(k - 1):
-            tap = window[:, i:i + l] * weight[i]                            # (b, l, d), of k - 1 - i ago
-            if reset is not None:           # autograd keeps a product's factors: masking it in place is free
-                tap.masked_fill_((doc[:, i:i + l] != doc[:, k - 1:])[..., None], 0)
-            y += tap
+        if reset is None:
+            for i in range(k - 1):
+                y.addcmul_(window[:, i:i + l], weight[i])
+        else:
+            doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
+            for i in range(k - 1):
+                tap = window[:, i:i + l] * weight[i]                        # (b, l, d)
+                other = doc[:, i:i + l] != doc[:, k - 1:]                   # (b, l)
+                y += tap.masked_fill_(other[..., None], 0)
+            former = doc[:, l:] != doc[:, -1:]                              # (b, k - 1)
+            past = past.masked_fill(former[..., None], 0)
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
-        """dt, B and C of each token. All that is new in Falcon-Mamba, three weightless norms, is here."""
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)                 # (b, l, r), (b, l, n), (b, l, n)
-        # The reference in evaluation, too; its fused kernel for training normalises dt after dt_proj.
+        """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here."""
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)         # (b, l, r), (b, l, n) twice
+        # So does the reference in evaluation. Its fused training kernel normalises after dt_proj.
         dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
-        weight = self.dt_proj.weight.to(x.dtype)    # training keeps it in fp32 beside bf16 activations
-        return F.linear(dt.to(x.dtype), weight), B, C                       # (b, l, d), (b, l, n), (b, l, n)
+        weight = self.dt_proj.weight.to(x.dtype)    # training in bf16 keeps it in fp32
+        return F.linear(dt.to(x.dtype), weight), B, C               # (b, l, d), (b, l, n) twice
 
 
 class Block(nn.Module):
@@ -184,7 +169,7 @@ class Block(nn.Module):
 
     def forward(self, stream, past, h0, reset):
         out, past, h = self.mixer(self.norm(stream), past, h0, reset)
-        return stream + out, past, h                                        # the stream stays fp32
+        return stream + out, past, h                                # the stream stays fp32
 
 
 class Backbone(nn.Module):
@@ -195,7 +180,8 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, tokens, state, reset=None):
-        stream, after = self.embeddings(tokens).float(), State([], [])      # (b, l, m)
+        stream = self.embeddings(tokens).float()                    # (b, l, m)
+        after = State([], [])
         for layer, past, h in zip(self.layers, *state, strict=True):
             stream, past, h = layer(stream, past, h, reset)
             after.conv.append(past)
@@ -204,7 +190,7 @@ class Backbone(nn.Module):
 
 
 class Mamba(nn.Module):
-    """The language model, freshly initialised. Its state_dict has the published tensors' names and shapes."""
+    """The language model, freshly initialised. Its tensors have the published names and shapes."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -217,27 +203,22 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None,
                 last_only: bool = False) -> tuple[Tensor, State]:
-        """Read tokens (b, l), any number of them, from `state` (blank if None), which is left as it was.
+        """Read tokens (b, l) from `state`, blank if None, which is left as it was.
 
-        reset (b, l) bool is true where a document starts: nothing before that token reaches it or later ones.
-        So packed documents do not leak, and padding on the left is just another document before the prompt.
-        Returns logits (b, l, vocab_size), or (b, 1, vocab_size) with last_only, in fp32, and the next state.
+        reset (b, l) bool is true where a document starts: no token before it reaches it or later
+        ones. So packed documents do not leak. Padding on the left is a document before the prompt.
+        Returns fp32 logits (b, l, vocab_size), with last_only (b, 1, vocab_size); the next state.
         """
-        # On a CPU oneDNN multiplies bf16 matrices fast, but for a single row it reads weights half as fast as
-        # PyTorch's own product. All threads share the switch: who turns it off turns it on, and no one else.
-        mkldnn, switch = torch.backends.mkldnn, torch.backends.mkldnn.enabled and tokens.numel() == 1
-        if switch:
-            mkldnn.enabled = False
-        try:
-            x, state = self.backbone(tokens, state or self.blank_state(len(tokens)), reset)
-            return self.lm_head(x[:, -1:] if last_only else x).float(), state
-        finally:
-            if switch:
-                mkldnn.enabled = True
+        state = state or self.blank_state(len(tokens))
+        with onednn_off(tokens.numel() == 1):
+            hidden, state = self.backbone(tokens, state, reset)     # (b, l, m)
+            hidden = hidden[:, -1:] if last_only else hidden
+            return self.lm_head(hidden).float(), state
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
-        c, weight = self.config, self.backbone.norm_f.weight
+        c = self.config
+        weight = self.backbone.norm_f.weight
         conv = weight.new_zeros(c.n_layer, batch, c.d_conv - 1, c.d_inner)
         ssm = weight.new_zeros(c.n_layer, batch, c.d_inner, c.d_state, dtype=torch.float32)
         return State([*conv], [*ssm])
@@ -248,32 +229,35 @@ class Mamba(nn.Module):
                         replace: Callable[[nn.Linear], nn.Module] | None = None) -> "Mamba":
         """Load a folder, or a Hugging Face hub id, which is downloaded first.
 
-        On a CPU in the checkpoint's own dtype (dtype None) the weights stay in the mapped files, uncopied.
-        A_log, D, the convolution and dt_proj's bias are small and exact: they become fp32 whatever the dtype.
-        `replace` is given each in_proj, x_proj and out_proj once loaded; what it returns takes its place.
-        ValueError, in one sentence, for anything that is missing, broken, or does not fit together.
+        Weights become `dtype`, or stay as stored if it is None: on a CPU in the mapped files,
+        uncopied. A_log, D, the convolution and dt_proj's bias, small and exact, are always fp32.
+        `replace` is given each in_proj, x_proj and out_proj, and what it returns takes its place.
+        ValueError, in one sentence, for what is missing, broken, or does not fit together.
         """
         folder = find(source)
         config = MambaConfig.from_json(folder / "config.json")
-        with torch.device("meta"):                         # shapes without memory
+        with torch.device("meta"):                                  # shapes without memory
             model = cls(config).eval()
-        stored = read_tensors(folder)
+        tensors = read_tensors(folder)
         if config.tie_embeddings:
-            stored.pop("lm_head.weight", None)             # some writers store the embedding twice
-        plain = torch.float64, torch.float32, torch.float16, torch.bfloat16     # another does not fit, either
-        has = {name: [*t.shape] if t.dtype in plain else [*t.shape, t.dtype] for name, t in stored.items()}
-        needs = {name: [*p.shape] for name, p in model.named_parameters()}
-        wrong = [f"{name!r:.80} {has.get(name, 'missing')} where {needs.get(name, 'nothing')} belongs"
-                 for name in needs | has if has.get(name) != needs.get(name)]
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors of {folder} do not fit its config.json: "
-                             f"{', '.join(wrong[:4])}")
-        dtype = dtype or stored["backbone.embeddings.weight"].dtype
-        for name in needs:
-            fp32 = dtype == torch.float64 or "conv1d" in name or name.endswith(("A_log", "D", "dt_proj.bias"))
-            # `replace` is used where memory is short: once copied, a tensor's part of the mapped file can go.
-            value = stored.pop(name).to(device, torch.float32 if fp32 else dtype, copy=replace is not None)
-            torch.utils.swap_tensors(model.get_parameter(name), nn.Parameter(value))    # wherever it is tied
+            tie(tensors, folder)
+        try:
+            model.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as e:       # names what is missing, unexpected or of another shape
+            why = shorten(str(e), 400)
+            raise ValueError(f"{folder} does not fit its config.json: {why!r:.450}") from e
+        del tensors
+        if config.tie_embeddings:
+            model.lm_head.weight = model.backbone.embeddings.weight
+
+        dtype = dtype or model.backbone.embeddings.weight.dtype
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        exact = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
+        for name in [name for name, _ in model.named_parameters()]:
+            p = model.get_parameter(name)
+            kind = torch.float32 if name.endswith(exact) else dtype
+            # `replace` is for little memory: a mapped file can go once its tensors are copied.
+            p.data = p.data.to(device, kind, copy=replace is not None)
             path = name.removesuffix(".weight")
             if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
                 model.set_submodule(path, replace(model.get_submodule(path)))
@@ -282,48 +266,117 @@ class Mamba(nn.Module):
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors, which transformers loads as they are.
 
-        `tensors`, from name to value, stand in for the model's own where those are divided among machines.
-        OSError if they cannot be written; what was there before is then left as it was, unless moving
-        the second file fails. (One file of weights, however large: reading maps it into memory.)
+        `tensors`, from name to value, stand in for the model's own where those are divided among
+        machines. OSError if that fails. What was there before is then left as it was.
         """
         folder = Path(folder)
-        new = folder / ".saving"
-        tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}  # a tied one once
+        tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}
+        config = folder / "config.json.partial"
+        weights = folder / "model.safetensors.partial"
         try:
-            shutil.rmtree(new, ignore_errors=True)         # left behind if a save was killed
-            new.mkdir(parents=True)
-            self.config.to_json(new / "config.json")
-            safetensors.torch.save_file(tensors, new / "model.safetensors", {"format": "pt"})
-            shutil.copymode(new / "config.json", new / "model.safetensors")     # which safetensors hides
-            with open(new / "model.safetensors", "rb+") as file:
-                os.fsync(file.fileno())                    # on the disk before it replaces another
-            # Two files cannot change in one move. Killed between these, it leaves the new weights under the
-            # old config.json, which loading refuses where a shape is another.
-            os.replace(new / "model.safetensors", folder / "model.safetensors")
-            os.replace(new / "config.json", folder / "config.json")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.config, tensors["backbone.embeddings.weight"].dtype, config)
+            safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+            shutil.copymode(config, weights)    # safetensors lets only its owner read a file
+            # Two files cannot change in one move. Killed in between, it leaves new weights with the
+            # old config.json, and loading refuses them if any shape is another.
+            replace_file(weights, folder / "model.safetensors")
+            replace_file(config, folder / "config.json")
         except (OSError, safetensors.SafetensorError) as e:
             raise OSError(f"cannot write the checkpoint {folder}: {e}") from e
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            for path in (config, weights):
+                with suppress(OSError):
+                    path.unlink()
 
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Fresh weights as the reference draws them, where PyTorch does not. Steps: from 0.001 to 0.1."""
+    """Fresh weights as the reference draws them, where PyTorch's own draw is another."""
     for name, p in model.named_parameters():
-        if name.endswith("dt_proj.bias"):
-            step = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
-            p.copy_(step + torch.log(-torch.expm1(-step)))              # softplus of it is the step
+        if name.endswith("dt_proj.bias"):       # so that a token lasts from 0.001 to 0.1
+            delta = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
+            p.copy_(delta + torch.log(-torch.expm1(-delta)))        # softplus of it is delta
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
-        elif name.endswith(("in_proj.weight", "x_proj.weight", "embeddings.weight", "lm_head.weight")):
+        elif name.endswith(("in_proj.weight", "x_proj.weight", "embeddings.weight",
+                            "lm_head.weight")):
             nn.init.normal_(p, std=model.config.initializer_range)
 
 
-def replace_file(new, path):
-    with open(new, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+@contextmanager
+def onednn_off(wanted: bool) -> Iterator[None]:
+    """For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product.
+
+    All threads share the switch. So whoever turns it off turns it on, and no one else does.
+    """
+    mkldnn = torch.backends.mkldnn
+    turned_off = wanted and mkldnn.enabled
+    if turned_off:
+        mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        if turned_off:
+            mkldnn.enabled = True
+
+
+# From here on: files, and what is wrong with them.
+
+# Where config.json uses another name than we do.
+PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
+             "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
+             "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
+             "bias": "use_bias", "conv_bias": "use_conv_bias",
+             "tie_embeddings": "tie_word_embeddings"}
+UNQUANTISED = "load the unquantised one, from which sample.py --quantize nf4 makes 4 bits"
+
+
+def require(config: MambaConfig, kind: type, low: float, high: float, *names: str) -> None:
+    """ValueError unless these values are of that kind and from low to high.
+
+    A token's number may also be None. There may be a list of those that end a text.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if name.endswith("_id") and value is None:
+            continue
+        values = value if name == "eos_token_id" and type(value) is list else [value]
+        if not values or not all(type(v) is kind and low <= v <= high for v in values):
+            called = f"{name} or {PUBLISHED[name]}" if name in PUBLISHED else name
+            limits = f"{kind.__name__} from {low} to {high}"
+            raise ValueError(f"{called} is {value!r:.50}, but must be {limits}")
+
+
+def read_config(path: Path) -> dict:
+    """MambaConfig's arguments, from a published config.json."""
+    defaults = {"hidden_act": "silu", "tie_word_embeddings": True}      # the reference's
+    raw = defaults | read_json(path)
+    for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
+        if raw.get(name) != ours:
+            raise ValueError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{path.parent} is quantised; {UNQUANTISED}")
+    config = {}
+    for f in fields(MambaConfig):
+        name = PUBLISHED.get(f.name, f.name)
+        if name in raw:
+            config[f.name] = None if raw[name] == "auto" else raw[name]
+    for name in ("vocab_size", "d_model", "n_layer"):
+        if name not in config:
+            raise ValueError(f"{path} lacks {PUBLISHED.get(name, name)}")
+    return config
+
+
+def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
+    """What transformers reads as a FalconMambaConfig."""
+    raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
+           "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+           "residual_in_fp32": True,
+           "pad_vocab_size_multiple": 1}    # else llama.cpp's converter rounds vocab_size up
+    for f in fields(config):
+        raw[PUBLISHED.get(f.name, f.name)] = getattr(config, f.name)
+    path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -331,51 +384,74 @@ def read_json(path: Path) -> dict:
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
-        raise ValueError(f"{path.parent} is no checkpoint: no JSON object in {path.name} ({e})") from e
+        raise ValueError(f"{path.parent} is no checkpoint, its {path.name} no JSON: {e}") from e
 
 
 def find(source: str | Path) -> Path:
-    """The folder of that name or, failing one, the local copy of the hub's repository of that name."""
-    name, folder = str(source), Path(os.path.expanduser(source))    # leaves a ~ that it does not know
+    """The folder of that name, or else the local copy of the hub's repository of that name."""
+    name = str(source)
+    folder = os.path.expanduser(name)       # leaves a ~ that it does not know
     if os.path.isdir(folder):
-        return folder
-    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return Path(folder)
+    if name.count("/") != 1:                # the hub's names are owner/model
         raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        files = ["*.json", "*.jinja", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
-        raise ValueError(f"{name} is no folder here, nor downloaded ({shorten(str(e), 200)}); "
-                         "without a network, `python train.py` makes a model for `--model out`") from e
+        why = shorten(str(e), 200)
+        raise ValueError(f"{name!r:.200} is no folder here, nor downloaded ({why!r}); without a "
+                         "network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors in the folder's safetensors, one file or several with an index; on disk until used."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    """The tensors in the folder's safetensors, one file or several with an index; only mapped."""
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / names[0]).exists():
         weight_map = read_json(index).get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
     tensors = {}
-    for name in sorted({*map(str, names)}):
+    for name in sorted({str(name) for name in names}):
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise ValueError(f"{index} has a weight_map to {name!r:.80}, no safetensors file beside it")
+            raise ValueError(f"{index} names {name!r:.80}, which is no safetensors file beside it")
         try:
             more = safetensors.torch.load_file(folder / name)
         except (OSError, safetensors.SafetensorError) as e:
             raise ValueError(f"{folder / name} is not a whole safetensors file ({str(e)!r:.300}); "
-                             "pickled weights are not read, as they can run any code") from e
-        if twice := tensors.keys() & more.keys():
-            raise ValueError(f"{folder / name} holds {min(twice)} a second time")
+                             "pickled weights are not read, because they can run code") from e
+        twice = tensors.keys() & more.keys()
+        if twice:
+            raise ValueError(f"{folder / name} holds {min(twice)!r:.80} a second time")
         tensors |= more
+    for name, v in tensors.items():
+        if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{folder} has {name!r:.80} in {v.dtype}, not in floats of 16 bits or "
+                             f"more; if it is quantised, {UNQUANTISED}")
     return tensors
+
+
+def tie(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Let lm_head.weight be the embeddings; refuse another, because either may be meant."""
+    embeddings = tensors.get("backbone.embeddings.weight")
+    head = tensors.get("lm_head.weight", embeddings)
+    if embeddings is not None and not torch.equal(embeddings, head.to(embeddings.dtype)):
+        raise ValueError(f"{folder} has a lm_head.weight that is not backbone.embeddings.weight, but "
+                         "its config.json makes them one: set tie_word_embeddings to false there, "
+                         "or delete the wrong tensor")
+    tensors["lm_head.weight"] = embeddings
+
+
+def replace_file(new: Path, path: Path) -> None:
+    """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
 if __name__ == "__main__":
     with torch.device("meta"):
         model = Mamba(MambaConfig())
-    print(f"{'tensor':42}{'times':>6}{'shape':>16}{'parameters':>18}{'bytes in bf16':>18}")
-    for name, p in model.named_parameters():
-        if not re.search(r"layers\.[1-9]", name):       # all layers have what the first one has
-            times, shape = model.config.n_layer if "layers.0" in name else 1, " x ".join(map(str, p.shape))
-            print(f"{name:42}{times:6}{shape:>16}{times * p.numel():18,}{2 * times * p.numel():18,}")
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{2 * count:,} bytes in {len([*model.parameters()])} tensors; parameters: {count:,}")
+    print(model)
+    sizes = [p.numel() for p in model.parameters()]
+    print(f"{sum(sizes):,} parameters in {len(sizes)} tensors")

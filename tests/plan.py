@@ -23,18 +23,18 @@ PIECE = 1024            # tokens whose logits exist at a time, in train.py
 AT_LEAST = 0.75         # of the memory that is planned here a step takes: test_plan.py measures it
 
 
-def print_plan(args, recipe, sizes: dict) -> None:
+def print_plan(args, recipe) -> None:
     """What `train.py --plan` prints."""
-    plan(recipe, planned_config(args, recipe, sizes), args.world_size, args.mfu, args.offload)
+    plan(recipe, planned_config(args, recipe), args.world_size, args.mfu, args.offload)
 
 
-def planned_config(args, recipe, sizes: dict) -> MambaConfig:
+def planned_config(args, recipe) -> MambaConfig:
     """The sizes of the model that this command would train. Nothing is downloaded to know them."""
     if not recipe.init_from:
         size = 257 if args.recipe == "tiny" else 65024
         if args.tokenizer:
             size = train.vocabulary(train.read_tokenizer(args.tokenizer))
-        return train.make_config(args, None, sizes, size, end=0)
+        return train.pick_config(args, None, size, end=0)
     folder = Path(recipe.init_from)
     if folder.is_dir():
         return MambaConfig.from_json(folder / "config.json")
