@@ -34,7 +34,7 @@ def planned_config(args, recipe) -> MambaConfig:
         size = 257 if args.recipe == "tiny" else 65024
         if args.tokenizer:
             size = train.vocabulary(train.read_tokenizer(args.tokenizer))
-        return train.make_config(args, None, size, end=0)
+        return train.pick_config(args, None, size, end=0)
     folder = Path(recipe.init_from)
     if folder.is_dir():
         return MambaConfig.from_json(folder / "config.json")
@@ -251,7 +251,7 @@ def shortage(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool,
         return words + f"--checkpoint-activations with --micro-batch {min(small_rows, micro_batch):.0f} fits"
     if not offload and kept <= host_bytes:
         return words + f"--offload keeps {gb(kept)} of this in the host's memory"
-    return words + "use more GPUs, or a shorter --context"
+    return words + "use more GPUs, a shorter --context or a smaller model"
 
 
 def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
