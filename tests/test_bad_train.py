@@ -91,7 +91,7 @@ FLAGS = {
     "--mixture text:-1": "must be like", "--mixture=text:1 text:2": "each source once",
     "--mixture other:1": "the mixture other", "--context 100000": "too few for --context 100000",
     "--data empty": "too few for --context 16", "--data folder": "too few", "--data binary": "too few",
-    "--data few": "10 held_out tokens", "--data corpus/tokens.bin": "--tokenize-to writes a folder",
+    "--data few": "text has 10 held-out and 191 training tokens", "--data corpus/tokens.bin": "--tokenize-to writes a folder",
     "--data mixed": "mixed/corpus is a corpus, not text", "--data corpus --data text": "corpus is a corpus, not text",
     "--data corpus --tokenize-to other": "is a corpus, not text", "--tokenize-to model": "model exists already",
     "--data folder --out folder/made": "lies in --data", "--data folder --tokenize-to folder/made": "lies in --data",
@@ -121,13 +121,12 @@ RUN = "made/checkpoints/step-*/run.json"
 CORPUS = "corpus/tokens.bin"
 # Which file of a run, or of its corpus, is spoilt, what it holds then, and what --resume says.
 FILES = [
-    *[(RUN, content, "run.json") for content in (b"", b"{", b"[]", b"{}", b'{"settings": {}, "tokens": 64}')],
-    (RUN, b'{"settings": {}, "tokens": 64, "read": {}}', "has total_tokens None, this command 64"),
+    *[(RUN, content, "run.json") for content in (b"", b"{", b"[]", b"{}", b'{"settings": {}}')],
     ("made/checkpoints/step-*/*.safetensors", b"", "a checkpoint in made could not be written or read"),
     ("made/checkpoints/step-*/*.safetensors", b"text", "a checkpoint in made could not be written or read"),
     ("corpus/tokenizer.json", b"{}", "cannot read the tokenizer corpus/tokenizer.json"),
     ("corpus/tokenizer.json", LARGE, "vocab_size 257, this command 258"),
-    *[(CORPUS, content, f"{CORPUS} does not hold documents of uint16 that end with 256; make it again")
+    *[(CORPUS, content, f"{CORPUS} does not end like uint16 tokens with one 256; make it again")
       for content in (b"", b"a", TOKENS.tobytes()[:-2], TOKENS.tobytes() + b"a", TOKENS.astype(np.uint32).tobytes())],
     (CORPUS, np.where(TOKENS == 32, 300, TOKENS).astype(np.uint16).tobytes(), "token 300"),
     (CORPUS, np.append(TOKENS[:900], TOKENS[-1]).tobytes(), "has data {'text': "),

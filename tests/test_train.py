@@ -147,7 +147,7 @@ def test_the_learning_rate_follows_the_batch_by_its_square_root(flags, peak):
 
 
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
-    short = train.scaled(SEVEN, 5500 * GT // 1000)
+    short = train.scaled(SEVEN, 5500 * GT // 1000, {})
     for t in (0, 3, 25, 1000, 5200, 5500):
         assert learning_rate(short, t * GT // 1000) == pytest.approx(learning_rate(SEVEN, t * GT))
         assert context_length(short, t * GT // 1000) == context_length(SEVEN, t * GT)
@@ -254,6 +254,9 @@ def test_a_folder_may_hold_what_is_hidden_no_file_or_no_text(tmp_path, capsys):
     tokens = tokens_of(folder)
     assert tokens[-1] == END and len(tokens) > 2**18        # what follows is another document
     assert "a/text from where it is not UTF-8" in capsys.readouterr().err
+    for content in (b"", b"\xff"):
+        (folder / "a" / "text").write_bytes(content)
+        assert [*train.tokenized([folder], byte_tokenizer(), END)] == []      # no document
 
 
 LONG_LINE = """
@@ -390,8 +393,8 @@ def test_compiled_blocks_and_checkpointed_activations_change_nothing(trained, un
                                                                      monkeypatch, graphs):
     monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     runs = []
-    rerun = train.rerun
-    monkeypatch.setattr(train, "rerun", lambda *args: runs.append(args) or rerun(*args))
+    recomputed = train.recomputed
+    monkeypatch.setattr(train, "recomputed", lambda *args: runs.append(args) or recomputed(*args))
     flags = "--compile", "--checkpoint-activations"
     assert trained("--data", data, "--out", tmp_path / "out", *SMALL, *flags)[0] == 0
     np.testing.assert_allclose(curve(tmp_path / "out"), curve(uninterrupted), rtol=2e-5)
@@ -576,8 +579,8 @@ def test_a_model_that_could_not_be_written_at_the_end_is_written_by_resuming(tra
 
 def test_a_loss_that_is_not_finite_is_a_sentence_and_leaves_the_last_checkpoint(trained, at_9, data, monkeypatch):
     before = contents(at_9 / "checkpoints")
-    right = Objective.piece
-    monkeypatch.setattr(Objective, "piece", lambda *args: right(*args) * math.nan)
+    right = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda *args: right(*args) * math.nan)
     status, _, err = trained("--data", data, "--out", at_9, *SMALL, "--resume")
     assert status == 1 and "the loss, nan," in err and "not finite at step 10" in err and "--lr" in err
     assert contents(at_9 / "checkpoints") == before
