@@ -428,6 +428,14 @@ def cut_time(x: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(l, chunk), chunk, keep
 
 
+def block_steps(n: int) -> int:
+    """Steps of a block in the backward, which holds all its states in registers. More than 32
+    states of a channel go to slower memory even so."""
+    if n <= 16:
+        return STEPS
+    return 2 if n <= 32 else 1
+
+
 def contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -472,7 +480,7 @@ def scan_backward(dy, dh, kept, *inputs):
         sum_of_chunks.zero_()
     b, n, d = dh.shape
     _, _, chunk = cut_time(dy)
-    blocks_bytes = 4 * b * chunk // STEPS * n * d
+    blocks_bytes = 4 * b * chunk // block_steps(n) * n * d
     sums_bytes = 4 * b * chunk * triton.cdiv(d, CHANNELS) * n * 2
     group = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
     for k in reversed(range(0, kept.shape[1], group)):
@@ -486,8 +494,9 @@ def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
     dz = grads[8] if len(grads) > 8 else None
     b, chunks, n, d = start.shape
     rows = b * chunks
-    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
-    blocks = start.new_empty(b, chunks * chunk // STEPS, n, d)
+    steps = block_steps(n)
+    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=steps)
+    blocks = start.new_empty(b, chunks * chunk // steps, n, d)
     decay = start.new_empty(b, chunks, n, d)
     local = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
     launch(replay_kernel, rows, d, *inputs, start, dy, dz, blocks, decay, local, **sizes)

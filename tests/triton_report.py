@@ -38,10 +38,10 @@ KERNELS = {
 }
 
 
-def build(label: str, target: str, reset: bool = False):
-    """Compile one kernel with the 7B's constants."""
+def build(label: str, target: str, reset: bool = False, **sizes):
+    """Compile one kernel with the 7B's constants, or with other `sizes`."""
     kernel = KERNELS[label]
-    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS, FROM_END="backward" in label)
+    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS, FROM_END="backward" in label) | sizes
     if not reset:
         constants["reset_ptr"] = None
     signature, aligned, given = {}, {}, {}
@@ -67,9 +67,9 @@ def tool(name: str, *args: str) -> str:
 
 
 @functools.cache
-def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
+def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
     """Registers, stack, spills, shared memory, and the instructions of the inner loop per state update."""
-    compiled = build(label, target, reset)
+    compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         return {k: int(re.search(rf"\.{v}:\s+(\d+)", text).group(1)) for k, v in
