@@ -18,7 +18,8 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
 A batch that fills the GPU by itself is not cut and needs pass 3 only. The backward is three such
 passes from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes
 step_kernel. `python scan_triton.py` compiles them all for an H100, with or without a GPU, and
-estimates their time, which was never measured. Next: mamba.py.
+estimates their time, which was never measured. It prints the registers, on which it depends how
+many warps fit. Next: mamba.py.
 
 Sizes: b batch, l length, d channels, n states of a channel.
 """
@@ -36,7 +37,7 @@ CHANNELS = tl.constexpr(32)     # of a program: one for each thread
 STEPS = 4                       # a block of steps is loaded at once, before the first is computed
 KEEP = 256                      # the forward keeps a state at least every so many steps
 SCRATCH = 500 << 20             # bytes: the backward takes as many chunks at a time as fit in here
-WARPS = 21                      # so many fit on an H100's multiprocessor, at 96 registers a thread
+WARPS = 21                      # about so many fit on an H100's multiprocessor in pass 3
 LOG2E = tl.constexpr(1.4426950408889634)    # exp(v) = exp2(v log2(e)), and a GPU has exp2
 
 # Triton compiles a kernel anew for an argument of 1 and for multiples of 16. Not for these.
