@@ -371,6 +371,7 @@ def ctrl_c() -> Event:
 
     def press(_number, _frame):
         pressed.set()
+        tell("\nending after this token, to keep its state; Ctrl-C again ends at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGINT, press)
     return pressed

@@ -265,17 +265,21 @@ def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_
 # Writing a state.
 
 
-def test_a_full_disk_leaves_the_old_state_whole(call):
+def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(call, monkeypatch):
     before = Path("state").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
-    try:
-        status, _, words = call("--prompt", "other", "--save-state", "state")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert status == 1
-    assert_sentence(words, "cannot write", "state")
-    assert Path("state").read_bytes() == before and not Path("state.partial").exists()
+
+    def fail(*_):
+        raise OSError("the disk was pulled out")
+    for size, replace in (500, sample.replace_file), (limit[0], fail):      # a full disk, and one that fails
+        monkeypatch.setattr(sample, "replace_file", replace)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            status, _, words = call("--prompt", "other", "--save-state", "state")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert status == 1 and Path("state").read_bytes() == before and not Path("state.partial").exists()
+        assert_sentence(words, "cannot write", "state")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
