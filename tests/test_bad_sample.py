@@ -142,14 +142,14 @@ FILES = [
     ("state", {"ssm": torch.zeros(2, 1, 32, 5)}, "[2, 1, 32, 5] in torch.float32, but this model needs [2, 1, 32, 4]"),
     ("state", {"conv": torch.zeros(2, 3, 32)}, "needs [2, 1, 3, 32]"),
     *[("state", {"conv": torch.zeros(2, 1, 3, 32).to(dtype)}, f"in {dtype}, but this model needs")
-      for dtype in (torch.int32, torch.bool, torch.complex64)],
+      for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)],
     *[("state", {name: torch.full(shape, NAN)}, f"state is damaged: not all numbers of {name} are finite")
       for name, shape in (("conv", (2, 1, 3, 32)), ("ssm", (2, 1, 32, 4)))],
-    *[("state", {"last": torch.tensor([token])}, f"damaged: last is no list of tokens from 0 to 256, but [{token}]")
+    *[("state", {"last": torch.tensor([token])}, f"damaged: last has tokens that are not from 0 to 256: [{token}]")
       for token in (-1, 257, 2**62, -2**63)],
-    *[("state", {name: tokens}, f"damaged: {name} is no list of tokens") for name in ("last", "shown", "waiting")
+    *[("state", {name: tokens}, f"state has {name} of") for name in ("last", "shown", "waiting")
       for tokens in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.tensor([[1]]))],
-    *[("state", {"last": torch.ones(count, dtype=torch.int64)}, "damaged: last is no list") for count in (0, 2)],
+    *[("state", {"last": torch.ones(count, dtype=torch.int64)}, f"state has last of [{count}] in torch.int64") for count in (0, 2)],
 ]
 
 
