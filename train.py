@@ -258,13 +258,15 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.
     files = text_files(paths)
     hidden = True if rank() > 0 else None           # None: shown on a terminal only
     for path in tqdm(files, desc="reading", unit="file", delay=2, disable=hidden):
+        count = 0
         try:
             for piece in text_pieces(path):
                 encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
                 yield np.array(encoding.ids, dtype)
+                count += len(encoding.ids)
         except UnicodeDecodeError:
             print(f"skipping {path} from where it is not UTF-8 text", file=sys.stderr)
-        if path.stat().st_size > 0:
+        if count > 0:
             yield np.array([end], dtype)
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
