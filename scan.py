@@ -166,9 +166,9 @@ class Chunked(torch.autograd.Function):
             du[:, 1:] *= hs[:, :-1]
             A_du[:, chunk] = torch.mul(du, A, out=decays).sum(2)
             dA += du.mul_(delta[:, chunk, None]).sum((0, 1))
-        dx = delta * dw + D * ds
-        ddt = (x * dw + A_du) * torch.sigmoid(dt + dt_bias)
-        dz = None if z is None else torch.ops.aten.silu_backward(dy * (y + D * x), z)
+        ddt = A_du.addcmul_(x, dw).mul_(torch.sigmoid(dt + dt_bias))
+        dx = dw.mul_(delta).addcmul_(D, ds)
+        dz = None if z is None else torch.ops.aten.silu_backward(y.addcmul_(D, x).mul_(dy), z)
         dD = (x * ds).sum((0, 1))
         return dx, ddt, dA.T, dB, dC, dD, dz, ddt.sum((0, 1)), carry.mT, None
 
