@@ -435,8 +435,8 @@ def tie(tensors: dict[str, Tensor], folder: Path) -> None:
     embeddings = tensors.get("backbone.embeddings.weight")
     head = tensors.get("lm_head.weight", embeddings)
     if embeddings is not None and not torch.equal(embeddings, head.to(embeddings.dtype)):
-        raise ValueError(f"{folder} has a lm_head.weight that is not backbone.embeddings.weight, but "
-                         "its config.json makes them one: set tie_word_embeddings to false there, "
+        raise ValueError(f"{folder}: lm_head.weight is not backbone.embeddings.weight, though its "
+                         "config.json makes them one: set tie_word_embeddings to false there, "
                          "or delete the wrong tensor")
     tensors["lm_head.weight"] = embeddings
 
