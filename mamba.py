@@ -383,7 +383,7 @@ def read_json(path: Path) -> dict:
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
-        raise ValueError(f"{path.parent} is no checkpoint, its {path.name} no JSON: {e}") from e
+        raise ValueError(f"{path.parent} is no checkpoint: no JSON in {path.name} ({e})") from e
 
 
 def find(source: str | Path) -> Path:
