@@ -229,7 +229,8 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, dict[str, l
     for name, layers in ("conv", state.conv), ("ssm", state.ssm):
         tensor = found[name]
         needed = [len(layers), 1, *layers[0].shape[1:]]
-        if [*tensor.shape] != needed or not tensor.is_floating_point():
+        is_float = tensor.is_floating_point() and tensor.itemsize > 1       # 8 bits would be too few
+        if [*tensor.shape] != needed or not is_float:
             raise ValueError(f"{path} has {name} of {[*tensor.shape]} in {tensor.dtype}, "
                              f"but this model needs {needed} in floats")
         if not tensor.float().isfinite().all():
@@ -242,10 +243,12 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, dict[str, l
     for name in "last", "shown", "waiting":
         values = found.get(name, none)      # former versions kept the first only
         is_list = values.dtype == torch.int64 and values.dim() == 1
-        is_whole = name != "last" or values.numel() == 1
-        if not is_list or not is_whole or values.lt(0).any() or values.ge(size).any():
-            raise ValueError(f"{path} is damaged: {name} is no list of tokens from 0 to {size - 1}, "
-                             f"but {values.tolist()!r:.200}")
+        if not is_list or (name == "last" and len(values) != 1):
+            raise ValueError(f"{path} has {name} of {[*values.shape]} in {values.dtype}, "
+                             "but needs a list of tokens in torch.int64, and one that is last")
+        if values.lt(0).any() or values.ge(size).any():
+            raise ValueError(f"{path} is damaged: {name} has tokens that are not from 0 to {size - 1}: "
+                             f"{values.tolist()!r:.200}")
         tokens[name] = values.tolist()
     return state, tokens
 
@@ -372,6 +375,7 @@ def ctrl_c() -> Event:
 
     def press(_number, _frame):
         pressed.set()
+        tell("\nending after this token, to keep its state; Ctrl-C again ends at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGINT, press)
     return pressed

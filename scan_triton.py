@@ -18,7 +18,8 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
 A batch that fills the GPU by itself is not cut and needs pass 3 only. The backward is three such
 passes from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes
 step_kernel. `python scan_triton.py` compiles them all for an H100, with or without a GPU, and
-estimates their time, which was never measured. Next: mamba.py.
+estimates their time, which was never measured. It prints the registers, on which it depends how
+many warps fit. Next: mamba.py.
 
 Sizes: b batch, l length, d channels, n states of a channel.
 """
@@ -36,7 +37,7 @@ CHANNELS = tl.constexpr(32)     # of a program: one for each thread
 STEPS = 4                       # a block of steps is loaded at once, before the first is computed
 KEEP = 256                      # the forward keeps a state at least every so many steps
 SCRATCH = 500 << 20             # bytes: the backward takes as many chunks at a time as fit in here
-WARPS = 21                      # so many fit on an H100's multiprocessor, at 96 registers a thread
+WARPS = 21                      # about so many fit on an H100's multiprocessor in pass 3
 LOG2E = tl.constexpr(1.4426950408889634)    # exp(v) = exp2(v log2(e)), and a GPU has exp2
 
 # Triton compiles a kernel anew for an argument of 1 and for multiples of 16. Not for these.
@@ -428,6 +429,14 @@ def cut_time(x: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(l, chunk), chunk, keep
 
 
+def block_steps(n: int) -> int:
+    """Steps of a block in the backward, which holds all its states in registers. More than 32
+    states of a channel go to slower memory even so."""
+    if n <= 16:
+        return STEPS
+    return 2 if n <= 32 else 1
+
+
 def contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -472,7 +481,7 @@ def scan_backward(dy, dh, kept, *inputs):
         sum_of_chunks.zero_()
     b, n, d = dh.shape
     _, _, chunk = cut_time(dy)
-    blocks_bytes = 4 * b * chunk // STEPS * n * d
+    blocks_bytes = 4 * b * chunk // block_steps(n) * n * d
     sums_bytes = 4 * b * chunk * triton.cdiv(d, CHANNELS) * n * 2
     group = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
     for k in reversed(range(0, kept.shape[1], group)):
@@ -486,8 +495,9 @@ def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
     dz = grads[8] if len(grads) > 8 else None
     b, chunks, n, d = start.shape
     rows = b * chunks
-    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
-    blocks = start.new_empty(b, chunks * chunk // STEPS, n, d)
+    steps = block_steps(n)
+    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=steps)
+    blocks = start.new_empty(b, chunks * chunk // steps, n, d)
     decay = start.new_empty(b, chunks, n, d)
     local = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
     launch(replay_kernel, rows, d, *inputs, start, dy, dz, blocks, decay, local, **sizes)

@@ -1,7 +1,9 @@
 """The Triton scan against the recurrence, written once more here as a loop in float64.
 
 Without a GPU the kernels run in Triton's interpreter, one Python step for each GPU step, so all shapes
-are tiny. With one, the same tests run compiled. Errors are relative to the largest value compared.
+are tiny. With one, the same tests run compiled. Where an emulator stands beside the repository,
+test_scan_triton_compile.py runs some of them compiled without a GPU. Errors are relative to the largest
+value compared.
 """
 import os
 import re
@@ -20,14 +22,16 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-if not GPU:    # Triton reads this when a kernel is decorated, its own library's too: before its first import
+COMPILED = GPU or "ptxemu" in sys.modules                         # that is the emulator
+if not COMPILED:    # Triton reads this when a kernel is decorated, its own too: before its first import
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this first"
     os.environ["TRITON_INTERPRET"] = "1"
 import scan_triton
 from scan_triton import selective_scan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}    # in 16 bits: the last bit
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: graphs and timing have no interpreter")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: its graphs have no interpreter")
+compiled = pytest.mark.skipif(not COMPILED, reason="takes minutes in Triton's interpreter")
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "z")            # as the operators take them, before reset
 
 
@@ -304,7 +308,7 @@ def test_a_sequence_of_nan_stays_alone_in_its_batch():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_one_token_is_a_scan_of_one_step(dtype):
     p = problem(2, 1, 35, 3, dtype=dtype)
     inputs = [p[k] for k in NAMES]
@@ -425,10 +429,9 @@ def test_in_the_interpreter_the_report_says_what_to_unset():
         triton_report.main()
 
 
-@needs_gpu
-def test_on_the_device_real_sizes_agree_too():
-    p = problem(1, 600, 96, 16, dtype=torch.bfloat16)
-    check(p, some_resets(1, 600, share=0.01), tolerance=2e-2)
+@compiled
+def test_longer_sequences_in_as_many_chunks_as_are_chosen():
+    check(problem(1, 600, 96, 16, dtype=torch.bfloat16), some_resets(1, 600, share=0.01))
 
 
 @needs_gpu
