@@ -135,11 +135,12 @@ class Mixer(nn.Module):
         window = window.float()
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
         for i in range(k - 1):
-            tap = window[:, i:i + l] * weight[i]                            # (b, l, d)
-            if reset is not None:
+            inputs = window[:, i:i + l]                                     # (b, l, d)
+            if reset is None:
+                y.addcmul_(inputs, weight[i])
+            else:
                 other = doc[:, i:i + l] != doc[:, k - 1:]                   # (b, l)
-                tap.masked_fill_(other[..., None], 0)
-            y += tap
+                y += (inputs * weight[i]).masked_fill_(other[..., None], 0)
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
