@@ -197,7 +197,7 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
                 if z_ptr is not None:
                     y *= zs[j] * tl.sigmoid(zs[j])
                 ys += (y,)
-            store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last: no load waits for it
+            store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, so that no load waits for it
     if end == l:        # with several chunks pass 2 did this, too
         tl.store(h_ptr + sequence * n * d + tile, h, inside)
 
@@ -343,7 +343,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
             ds = dys[j]
             if z_ptr is not None:
                 ds *= zs[j] * tl.sigmoid(zs[j])
-            h = faded[j] + w[None, :] * B[:, None]      # cheaper than to keep
+            h = faded[j] + w[None, :] * B[:, None]      # once more: cheaper than to keep it
             dh += C[:, None] * ds[None, :]
             at = (tl.program_id(0).to(tl.int64) * chunk + t - start + j) * n + i
             tl.store(dB_ptr + at, tl.sum(dh * w[None, :], 1), i < n)
@@ -489,7 +489,6 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, dy, dh, dkept):
     grads = scan_backward(dy, dh, *ctx.saved_tensors)
     return *grads, *[None] * (10 - len(grads))      # for h0 and nine inputs
-
 scan.register_autograd(backward, setup_context=setup_context)
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",),
