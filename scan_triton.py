@@ -177,9 +177,10 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     h = load(start_ptr + k * n * d, tile, inside)
+    slot = sequence * tl.cdiv(l, stretch) + start // stretch
     for first in range(start, end, stretch):
-        slot = sequence * tl.cdiv(l, stretch) + first // stretch
         tl.store(kept_ptr + slot * n * d + tile, h, inside)
+        slot += 1
         for t in range(first, tl.minimum(first + stretch, end), BLOCK):
             row = sequence * l + t
             rest = end - t
@@ -364,8 +365,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
     tl.store(dbias_ptr + k * d + c, dbias, c < d)
 
 
-# What PyTorch sees: three operators that torch.compile does not look into. Each takes these nine
-# last, and of these at last what may be None.
+# What PyTorch sees: three operators that torch.compile does not look into. These come last in each.
 INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, "
           "Tensor? reset")
 
@@ -455,7 +455,7 @@ def scan_backward(dy, dh, kept, *inputs):
 def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
     """Fill in the gradients of chunks that begin at step `since`, with the states `start`."""
     dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads
-    dz = dz[0] if dz else None
+    dz = dz[0] if dz else None      # z may be None, and so stands behind the others in INPUTS
     b, chunks, n, d = start.shape
     block = block_steps(n)
     sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, BLOCK=block)
