@@ -81,7 +81,7 @@ FLAGS = {
     f"--batch-start {2**60}": "1048576", "--lr nan": "'nan' is no number", "--lr -1": "'-1'", "--lr inf": "'inf'",
     "--decay-factor 0": "from 1", "--beta1 1": "'1'", "--seed -1": "'-1'", "--export-dtype int8": "invalid choice",
     "--recipe large": "invalid choice", "--device warp9": "'warp9' is not usable here", "--d-model -8": "-8",
-    "--n-layer 5000": "num_hidden_layers is 5000", "--initializer-range 5": "initializer_range is 5.0",
+    "--n-layer 5000": "num_hidden_layers is 5000", "--initializer-range -1": "'-1' is no number",
     f"--d-model {2**20}": "1048576", "--d-model 524288": "GB", "--lr 1e15 --warmup-tokens 0": "a lower --lr",
     "--decay-tokens 60 --warmup-tokens 5": "--total-tokens 64 has no room for 9 --warmup-tokens",
     "--vocab-size 100": "the tokenizer has 257 tokens, the model 100",
@@ -97,11 +97,11 @@ FLAGS = {
     "--data folder --out folder/made": "lies in --data", "--data folder --tokenize-to folder/made": "lies in --data",
     "--data corpus --out text/made": "Not a directory", "--tokenizer nope.json": "cannot read the tokenizer",
     "--tokenizer model/config.json": "cannot read the tokenizer", "--tokenizer endless.json": "no token <|endoftext|>",
-    "--init-from nope": "'nope' is not a folder", "--init-from=": "'' is not a folder",
+    "--init-from nope": "'nope' is no folder here", "--init-from=": "'' is no folder here",
     "--init-from model --d-model 8": "leave out d_model", "--init-from folder": "cannot read the tokenizer",
     "--init-from model --tokenizer large.json": "the tokenizer has 258 tokens, the model 257",
     "--init-from model --data of-large": "of 258 tokens, than the model, of 257; make it again with the model's",
-    "--eval-only": "'made' is not a folder", "--out model": "model already holds a model; --resume",
+    "--eval-only": "'made' is no folder here", "--out model": "model already holds a model; --resume",
     "--out model --resume": "model already holds a model",
 }
 
