@@ -1,80 +1,90 @@
-"""Text from a Falcon-Mamba: read a prompt, then write token after token. After mamba.py; train.py is next.
+"""Text from a Falcon-Mamba: read a prompt, then write token after token.
 
     python sample.py --model out --prompt "def "              what `python train.py` made
-    python sample.py --prompt "Hello today" --temperature 0   the published 7B: 15 GB to download and to hold
+    python sample.py --prompt "Hello today" --temperature 0   the published 7B: a download of 15 GB
 
-Reading and writing are the same call, model(tokens, state), with many tokens or with one. The state has a
-fixed size, so the millionth token costs what the first did, and a file of it keeps all that the model knows
-of a prompt, however long. The text goes to standard output, everything else to standard error.
+Reading and writing are the same call, model(tokens, state), with many tokens or with one. The state
+has a fixed size. So the millionth token costs what the first did, and a small file of the state keeps
+all that the model knows of a text. The text goes to standard output, all else to standard error.
+
+Read mamba.py first; train.py is next. Sizes in the shape comments: b texts, l tokens of each.
 """
 import argparse
+import math
 import os
+import re
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from textwrap import shorten
+from threading import Event
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from mamba import Block, Mamba, State, find
+from mamba import Block, Mamba, State, find, read_json, replace_file
 from scan import default_backend
 
-PIECE = 512     # tokens of a prompt read at a time: enough to keep the matrix products busy, and memory small
+PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
+TAIL = 32       # last tokens that matter to the text of the next ones: no character has more bytes
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, stop: int | None = None,
-             generator: torch.Generator | None = None, state: State | None = None,
-             reset: Tensor | None = None) -> Iterator[Tensor]:
-    """Read tokens (b, l) from `state`, then yield, up to max_new_tokens times, each row's next token, (b,).
+             top_k: int | None = None, top_p: float | None = None,
+             stop: int | list[int] | None = None, generator: torch.Generator | None = None,
+             state: State | None = None, reset: Tensor | None = None,
+             interrupted: Event | None = None) -> Iterator[Tensor]:
+    """Read tokens (b, l) from `state`, then yield one new token of each text, (b,), again and again.
 
-    Temperature 0 takes the likeliest token. Otherwise one is drawn from softmax(logits / temperature), from
-    the top_k likeliest and from the smallest set of them that holds top_p of the probability. A row that has
-    yielded `stop` goes on yielding it; when all have, generation ends. reset (b, l) is as in Mamba.forward:
-    padding on the left is a document. In the end `yield from generate(...)` gives the state after all tokens
-    but the last. ValueError if there is no token to read, or if logits are not finite.
+    choose() says how a token is chosen. A text that has yielded a `stop` token goes on yielding it.
+    Generation ends after max_new_tokens, or when all texts have stopped, or once `interrupted` is set.
+    reset (b, l) is true where a document starts, as in Mamba.forward; padding on the left is one.
+    `yield from generate(...)` returns the last state. It has read all tokens but the last.
     """
-    if tokens.shape[1] == 0:
+    length = tokens.shape[1]
+    if length == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    last = tokens.shape[1] - 1      # the prompt's last token is read below, like each new token after it
-    for i in range(0, last, PIECE):
-        now = slice(i, min(i + PIECE, last))
-        _, state = model(tokens[:, now], state, None if reset is None else reset[:, now], last_only=True)
-    token, done = tokens[:, last], torch.zeros_like(tokens[:, last], dtype=torch.bool)      # (b,) each
-    step = partial(model, reset=None if reset is None else reset[:, last:])     # it may start a document
+    # All tokens but the last are only read. The last is read in the loop below, like each new one.
+    for begin in range(0, length - 1, PIECE):
+        end = min(begin + PIECE, length - 1)
+        starts = None if reset is None else reset[:, begin:end]
+        _, state = model(tokens[:, begin:end], state, starts, last_only=True)
+
+    stops = torch.tensor([] if stop is None else stop, dtype=torch.int64, device=tokens.device)
+    token = tokens[:, -1]                                       # (b,)
+    starts = None if reset is None else reset[:, -1:]           # (b, 1)
+    ended = torch.zeros_like(token, dtype=torch.bool)           # (b,)
+    step = model
     for i in range(max_new_tokens):
-        if i == 1:      # no new token does, so all further steps are alike, and can be recorded
-            step = replayed(model, state) if tokens.is_cuda else model
-        logits, state = step(token[:, None], state)
-        token = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        if stop is not None:
-            token = token.masked_fill(done, stop)
-            done |= token == stop
+        if i == 1:
+            starts = None           # no new token starts a document
+            if tokens.is_cuda:      # from here on all steps are alike, so one can be recorded
+                step = replayed(model, state)
+        logits, state = step(token[:, None], state, starts)     # (b, 1, vocab_size)
+        chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
+        token = torch.where(ended, token, chosen)
+        ended = torch.isin(token, stops)
         yield token
-        if done.all():
+        if ended.all() or (interrupted and interrupted.is_set()):
             break
     return state
 
 
 def replayed(model: Mamba, state: State):
-    """model(token, state) for one token a row, as a CUDA graph: one launch, not a thousand.
+    """model(token, state) for one token a text, as a CUDA graph: one launch, not a thousand.
 
-    A graph is a recording of kernels, which replays on the memory that it was recorded with. So a step reads
-    its token from a buffer and overwrites `state`, whatever it is given. We have not run this on a GPU yet.
+    A graph is a recording of kernels. It replays on the memory that it was recorded with. So a step
+    copies its token into a buffer and overwrites `state`. We have not run this on a GPU yet.
     """
     with torch.cuda.device(state.ssm[0].device):
         token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device="cuda")
-        side = torch.cuda.Stream()      # PyTorch asks for a warm-up on a stream of its own before a capture
+        side = torch.cuda.Stream()      # PyTorch asks for a warm-up on another stream first
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             model(token, state)
@@ -85,7 +95,7 @@ def replayed(model: Mamba, state: State):
             for old, new in zip([*state.conv, *state.ssm], [*after.conv, *after.ssm]):
                 old.copy_(new)
 
-    def step(new_token, _):
+    def step(new_token, _state, _reset):
         token.copy_(new_token)
         graph.replay()
         return logits, state
@@ -94,87 +104,146 @@ def replayed(model: Mamba, state: State):
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator | None) -> Tensor:
-    """One token for each row of logits (b, vocab_size) -> (b,)."""
-    best = logits.max(-1, keepdim=True)
-    if not best.values.isfinite().all():
-        raise ValueError("the logits are not finite: the weights are damaged, or too large for --dtype fp16")
-    if temperature < torch.finfo(logits.dtype).tiny:          # 0, or so small that fp32 would take it for 0
-        return best.indices[:, 0]
-    logits = (logits - best.values) / temperature             # the likeliest at 0: no temperature overflows
-    order = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    if top_k is not None or top_p is not None:                # (b, k) from here on, the likeliest first
-        logits, order = logits.topk(min(top_k or 2**31, logits.shape[-1]))
-    # Inverse transform sampling: a uniform number falls into one token's piece of the summed distribution. It
-    # takes one random number; torch.multinomial draws one for every token, and takes several times as long.
-    ends = logits.softmax(-1).cumsum(-1)                      # where each token's piece ends
-    total = ends[:, -1:]                                      # (b, 1): 1, but for rounding
+    """One token for each row of logits (b, vocab_size) -> (b,).
+
+    Temperature 0 takes the likeliest. Otherwise one is drawn from softmax(logits / temperature): from
+    the top_k likeliest, and from the fewest of these that hold top_p of their probability.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: the weights are damaged or too large for --dtype")
+    if temperature < torch.finfo(logits.dtype).tiny:            # which a tensor takes for 0
+        return logits.argmax(-1)
+    logits = logits - logits.max(-1, keepdim=True).values       # at most 0: no quotient overflows
+    logits = logits / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    size = logits.shape[-1]
+    logits, tokens = logits.topk(min(top_k or size, size))      # (b, k), the likeliest first
+    probs = logits.softmax(-1)
     if top_p is not None:
-        total = ends.gather(-1, torch.searchsorted(ends, total * top_p))
-    uniform = total * torch.rand(total.shape, generator=generator, device=total.device)     # always < total
-    drawn = torch.searchsorted(ends, uniform, right=True)     # (b, 1)
-    return order.gather(-1, drawn)[:, 0]
+        likelier = probs.cumsum(-1) - probs                     # what all likelier tokens hold
+        probs = probs.masked_fill(likelier >= top_p, 0)
+    drawn = torch.multinomial(probs, 1, generator=generator)    # (b, 1)
+    return tokens.gather(-1, drawn)[:, 0]
 
 
-@contextmanager
-def new_file(path: Path):
-    """A file to write beside `path`, which becomes `path` if the block ends well and is deleted if not."""
-    whole = Path(os.path.realpath(path))        # of a link, what it stands for
-    new = whole.with_name(whole.name + ".partial")
+class Text:
+    """A text that grows by a prompt and then by tokens. What is no character yet waits.
+
+    The pieces joined are what the tokenizer makes of all tokens at once. What it makes of one depends
+    on those before it: often the first word of a text loses its space. So they are decoded together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int], prompt: str):
+        """`before` are tokens of a former run. It has shown them, except for those that wait."""
+        self.tokenizer = tokenizer
+        self.tokens = []        # the last ones
+        self.shown = ""         # what of their text was shown
+        self.pieces = []
+        for token in before:
+            self.add(token)
+        if prompt:      # shown as it was typed, which its tokens may not be
+            self.pieces = [self.rest(), prompt]
+            self.tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+            self.rest()
+
+    def add(self, token: int) -> str:
+        """One more token -> the text that can be shown now."""
+        self.tokens.append(token)
+        # Some tokenizers have a token <0xE2> for that byte. In a run of such tokens one wrong byte
+        # spoils them all, so a run waits for its end. Others make U+FFFD of half a character.
+        is_byte = re.fullmatch("<0x..>", self.tokenizer.id_to_token(token) or "")
+        if is_byte or self.decode().endswith("\ufffd"):
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """The text of all that waits, with U+FFFD for what is no character."""
+        piece = self.decode()[len(self.shown):]
+        self.tokens = self.tokens[-TAIL:]
+        self.shown = self.decode()
+        return piece
+
+    def decode(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=False)
+
+
+def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], stop: list[int],
+          before: list[int] = [], goes_on: bool = False) -> tuple[list, list[float], State]:
+    """Print the first text as it is made, and the others after it.
+
+    `before` are tokens of a former run. If the text goes on in another one, that one shows what is no
+    character yet. Returns each step's tokens, the times of the start and of each step, and the last
+    state, which generate returns.
+    """
+    texts = [Text(tokenizer, before, prompt) for prompt in prompts]
+    made = []
+    times = [time.perf_counter()]
+    print("".join(texts[0].pieces), end="", flush=True)
+    while True:
+        try:
+            made.append(next(steps).tolist())
+        except StopIteration as end:
+            state = end.value
+            break
+        times.append(time.perf_counter())
+        for text, token in zip(texts, made[-1]):
+            piece = text.rest() if token in stop else text.add(token)
+            text.pieces.append(piece)
+        print(texts[0].pieces[-1], end="", flush=True)
+    if not goes_on:
+        for text in texts:
+            text.pieces.append(text.rest())
+        print(texts[0].pieces[-1], end="")
+    print("", *["".join(text.pieces) for text in texts[1:]], sep="\n")
+    return made, times, state
+
+
+def save_state(path: Path, state: State, tokens: list[int]) -> None:
+    """Keep one text's state, which has read all tokens but the last, and the last few tokens."""
+    last = torch.tensor(tokens[-TAIL:])
+    file = save({"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": last})
+    new = path.with_name(path.name + ".partial")
     try:
-        if whole.exists() and not whole.is_file():
-            raise OSError("there is something that is no file")
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, whole)
-    except OSError as e:        # which does not say where, if the disk is full
-        raise OSError(f"cannot write {path}: {e}") from e
+        new.write_bytes(file)
+        replace_file(new, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         new.unlink(missing_ok=True)
 
 
-def packed(state: State, last: int) -> dict[str, Tensor]:
-    """What a state file holds: one text's state, and the text's last token, which the state has not read."""
-    return {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last])}
-
-
-def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, int]:
-    """Read a state file -> the state, on the model's device and once for each of `batch` rows, and `last`."""
+def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
+    """The state in a file, once for each of `batch` texts, and the last few tokens."""
     try:
         found = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path} is not a state file: {str(e)!r:.300}") from e
-    wanted = packed(model.blank_state(1), 0)
-    has, needs = (      # all floats of 16 bits or more are alike, as --dtype may differ
-        {name: f"{[*v.shape]} of {'floats' if v.is_floating_point() and v.itemsize > 1 else v.dtype}"
-         for name, v in sorted(tensors.items())} for tensors in (found, wanted))
-    if has != needs:
-        raise ValueError(f"{path} holds {str(has):.200}, but a state of this model is {needs}")
-    conv, ssm, last = (found[name].to(like.device, like.dtype) for name, like in wanted.items())
-    if not (conv.isfinite().all() and ssm.isfinite().all() and 0 <= last < model.config.vocab_size):
-        raise ValueError(f"{path} is damaged: some numbers are not finite, or its last token, "
-                         f"{last.item()}, is none of the {model.config.vocab_size}")
-    return State([*conv.repeat(1, batch, 1, 1)], [*ssm.repeat(1, batch, 1, 1)]), last.item()
-
-
-def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt's tokens; warns where the tokenizer has none for some of its bytes and leaves them out."""
-    if prompt.encode(errors="ignore").decode() != prompt:       # Python keeps other bytes as lone surrogates
-        raise ValueError("the prompt is not UTF-8 text")
-    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if lost := "".join(sorted(set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False)))):
-        print(f"warning: the tokenizer has no token for some of the prompt ({lost!r:.60}) and drops it",
-              file=sys.stderr)
-    return tokens
+        last = found["last"]
+        tensors = found["conv"], found["ssm"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a state file: {str(error)!r:.300}") from error
+    state = model.blank_state(batch)
+    for tensor, layers in zip(tensors, state):
+        needed = [len(layers), 1, *layers[0].shape[1:]]
+        if [*tensor.shape] != needed or not tensor.is_floating_point():
+            raise ValueError(f"{path} has a state of {[*tensor.shape]} in {tensor.dtype}, "
+                             f"but this model needs {needed} in floats")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{path} is damaged: not all of its numbers are finite")
+        for layer, values in zip(layers, tensor):
+            layer.copy_(values)                                 # (b, ...) from (1, ...)
+    size = model.config.vocab_size
+    is_list = last.dtype == torch.int64 and last.dim() == 1 and len(last) > 0
+    if not is_list or last.min() < 0 or last.max() >= size:
+        raise ValueError(f"{path} is damaged: its last tokens {last.tolist()!r:.200} are none of the {size}")
+    return state, last.tolist()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:      # the library raises plain Exception
-        raise ValueError(f"cannot read the tokenizer {path}: {str(e)!r:.300}") from e
-    tokenizer.no_truncation()   # a file may ask for these two
+    except Exception as error:      # the library raises plain Exception
+        raise ValueError(f"cannot read the tokenizer {path}: {str(error)!r:.300}") from error
+    tokenizer.no_truncation()       # a file may ask for these two
     tokenizer.no_padding()
     return tokenizer
 
@@ -184,30 +253,60 @@ def vocabulary(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
-def nf4(device: torch.device):
-    """A function from a linear layer to the same one in 4-bit "normal floats" (QLoRA, arXiv 2305.14314)."""
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens. Warns of characters for which there is none, because they are left out."""
+    if prompt.encode(errors="ignore").decode() != prompt:       # Python keeps other bytes as surrogates
+        raise ValueError("the prompt is not UTF-8 text")
+    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+    lost = set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False))
+    if lost:
+        tell(f"warning: the tokenizer has no token for {''.join(sorted(lost))!r:.60} and drops it")
+    return tokens
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text: generation_config.json's, or else config.json's, and <|endoftext|>."""
+    ids = None
+    for name in "generation_config.json", "config.json":
+        if ids is None and (folder / name).exists():
+            ids = read_json(folder / name).get("eos_token_id")
+    if ids is None:
+        ids = []
+    if isinstance(ids, int):
+        ids = [ids]
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f"{folder} has eos_token_id {ids!r:.50}, which is no token's number")
+    end = tokenizer.token_to_id("<|endoftext|>")
+    if end is None:
+        return ids
+    # 0 is only transformers' default: published files have it although their texts end otherwise.
+    return [end] + [token for token in ids if token not in (0, end)]
+
+
+def nf4(linear: torch.nn.Linear) -> torch.nn.Module:
+    """The same layer in 4-bit "normal floats" (QLoRA, arXiv 2305.14314)."""
     try:
         import bitsandbytes as bnb
     except ImportError:
         raise ValueError("--quantize needs the package bitsandbytes: pip install bitsandbytes") from None
-
-    def quantized(linear):
-        small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
-                                  compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
-        small.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(device)
-        small.bias = linear.bias
-        return small
-    return quantized
+    weight = linear.weight
+    small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                              compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    values = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
+    small.weight = values.to(weight.device)     # here they become 4-bit
+    small.bias = linear.bias
+    return small
 
 
 def compile_blocks() -> None:
-    """Let torch.compile fuse what a block does to one token: once, for all layers. Prompts run as before.
+    """Let torch.compile fuse what a block does to one token. Prompts run as before.
 
-    The compiled code takes a block's weights as arguments, so one serves all. Before each call it would check
-    that shapes and types are still those it was made for; in one run they are, and the check is left out.
+    Compiled code takes a block's weights as arguments, so one serves all layers. Before a call it would
+    check that shapes and types are those it was made for. In one run they are: the check is left out.
     """
     unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    eager, fused = Block.forward, torch.compile(Block.forward, dynamic=False, options=unchecked)
+    eager = Block.forward
+    fused = torch.compile(Block.forward, dynamic=False, options=unchecked)
 
     def forward(self, stream, past, h0, reset):
         step = fused if stream.shape[1] == 1 and reset is None else eager
@@ -215,172 +314,168 @@ def compile_blocks() -> None:
     Block.forward = forward
 
 
-def peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
-    try:
-        import resource     # not on Windows
-    except ImportError:
-        return "unknown"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB of memory"
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
+    """The model, its tokenizer, and the tokens that end a text."""
+    begin = time.perf_counter()
+    tell(f"loading {args.model}")
+    folder = find(args.model)
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    replace = nf4 if args.quantize else None
+    model = Mamba.from_pretrained(folder, args.device, dtypes[args.dtype], replace)
+    size = vocabulary(tokenizer)
+    if size > model.config.vocab_size:
+        raise ValueError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
+    weights = sum(p.nbytes for p in model.parameters())
+    tell(f"{args.model}: {weights / 1e9:.3g} GB of weights on {args.device}, "
+         f"{model.lm_head.weight.dtype}; scan: {default_backend(args.device, PIECE)} for prompts, "
+         f"{default_backend(args.device, 1)} for tokens; "
+         f"loaded in {time.perf_counter() - begin:.1f} s; seed {args.seed}")
+    return model, tokenizer, end_tokens(folder, tokenizer)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, read, write, and report on standard error."""
-    typed = sys.stdin.read().removesuffix("\n") if "-" in args.prompt and sys.stdin else ""     # None: closed
-    prompts = [typed if prompt == "-" else prompt for prompt in args.prompt]
+    prompts = args.prompt
+    if "-" in prompts:
+        typed = sys.stdin.read().removesuffix("\n") if sys.stdin else ""        # None if it is closed
+        prompts = [typed if prompt == "-" else prompt for prompt in prompts]
     if not args.load_state and not all(prompts):
         raise ValueError("without --load-state, each --prompt needs some text, and so does standard input")
-    start, folder = time.perf_counter(), find(args.model)
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    model = Mamba.from_pretrained(folder, args.device, dtype, nf4(args.device) if args.quantize else None)
-    if (size := vocabulary(tokenizer)) > model.config.vocab_size:
-        raise ValueError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
+    model, tokenizer, stop = load(args)
+    prompts = prompts * args.num_samples
     rows = [encode(tokenizer, prompt) for prompt in prompts]
-    state = model.blank_state(len(rows) * args.num_samples)
+    before = []
+    state = model.blank_state(len(rows))
     if args.load_state:
-        state, last = load_state(args.load_state, model, args.num_samples)
-        rows[0].insert(0, last)
+        state, before = load_state(args.load_state, model, len(rows))
+        rows = [before[-1:] + row for row in rows]      # the state has not read the last token
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
-    if args.compile:
-        compile_blocks()
-    weights = sum(p.nbytes for p in model.parameters())
-    print(f"{args.model}: {weights / 1e9:.3g} GB of weights on {args.device}, {model.lm_head.weight.dtype}; "
-          f"scan: {default_backend(args.device, PIECE)} for prompts, {default_backend(args.device, 1)} for "
-          f"tokens; loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
-    prompts, rows = prompts * args.num_samples, rows * args.num_samples
+    # Shorter prompts are padded on the left. The padding is a document, and so is the prompt after it.
     longest = max(map(len, rows))
+    padding = torch.tensor([[longest - len(row)] for row in rows], device=args.device)          # (b, 1)
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=args.device)
-    starts = torch.tensor([[longest - len(row)] for row in rows], device=args.device)
-    # Each prompt is a document, and so is the padding on its left.
-    reset = torch.arange(longest, device=args.device) == starts if starts.any() else None
-    stop = tokenizer.token_to_id("<|endoftext|>")
-    stop = model.config.eos_token_id if stop is None else stop
+    reset = torch.arange(longest, device=args.device) == padding if padding.any() else None     # (b, l)
+    if longest > PIECE:
+        tell(f"reading {longest} tokens")
+    if args.compile:
+        tell("compiling at the second token, for up to a minute")
+        compile_blocks()
+
+    interrupted = Event()
+
+    def interrupt(_number, _frame):
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # a second one ends at once
+    if args.save_state:     # so Ctrl-C ends the text after a whole token, and its state can be kept
+        signal.signal(signal.SIGINT, interrupt)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-
-    def steps():
-        nonlocal state
-        state = yield from generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k,
-                                    args.top_p, stop, generator, state, reset)
-    made, times = write(steps(), tokenizer, prompts, stop)
-
+    steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                     stop, generator, state, reset, interrupted)
+    made, times, state = write(steps, tokenizer, prompts, stop, before, bool(args.save_state))
     if args.save_state:
-        with new_file(args.save_state) as file:
-            file.write(save(packed(state, made[-1][0] if made else rows[0][-1])))
-    if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
-        weights -= model.backbone.embeddings.weight.nbytes
-    report = f"seed {args.seed}; {len(times) - 1} steps"
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        save_state(args.save_state, state, before[:-1] + rows[0] + [step[0] for step in made])
+    report(times, rows, model)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def report(times: list[float], rows: list[list[int]], model: Mamba) -> None:
+    facts = f"{len(times) - 1} steps"
     if len(times) > 1:
-        report += f"; prefill {sum(map(len, rows)) / (times[1] - times[0]):.1f} tokens/s"
+        facts += f"; prefill {sum(map(len, rows)) / (times[1] - times[0]):.1f} tokens/s"
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
-        report += f"; decode {rate * len(rows):.1f} tokens/s, {rate * weights / 1e9:.1f} GB/s of weights"
-    print(f"{report}; at most {peak_memory(args.device)}", file=sys.stderr)
+        read = sum(p.nbytes for p in model.parameters())
+        if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
+            read -= model.backbone.embeddings.weight.nbytes
+        facts += f"; decode {rate * len(rows):.1f} tokens/s, {rate * read / 1e9:.1f} GB/s of weights"
+    device = model.lm_head.weight.device
+    if device.type == "cuda":
+        facts += f"; at most {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    elif os.name == "posix":
+        import resource     # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        facts += f"; at most {peak * unit / 1e9:.2f} GB of memory"
+    tell(facts)
 
 
-def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str],
-          stop: int) -> tuple[list[list[int]], list[float]]:
-    """Print the first text as it is made and the others after it -> the tokens of each step, and the times.
-
-    A character is printed once all of its bytes are there.
-    """
-    decoders, texts = [DecodeStream() for _ in prompts], list(prompts)
-    made, times = [], [time.perf_counter()]
-    print(texts[0], end="", flush=True)
-    for step in steps:
-        made.append(step.tolist())
-        times.append(time.perf_counter())
-        pieces = ["" if token == stop else decoder.step(tokenizer, token) or ""
-                  for decoder, token in zip(decoders, made[-1])]
-        print(pieces[0], end="", flush=True)
-        texts = [text + piece for text, piece in zip(texts, pieces)]
-    print("", *texts[1:], sep="\n")
-    return made, times
-
-
-def number(kind: type, low: float, high: float):
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of that kind from low to high."""
     def parse(text):
-        with suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r:.50} is no {whole}number from {low} to {high}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan        # which is in no range
+        if not low <= value <= high:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {name} from {low} to {high}")
+        return value
     return parse
 
 
 def device(text: str) -> torch.device:
     """An argparse type: a device that this machine has."""
-    name = text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.zeros(1, device=name)
-        found.item()            # not on "meta", which keeps no numbers
-        if found.is_cuda:       # where streams, graphs and FSDP look
+        found = torch.zeros(1, device=text)
+        found.item()            # fails on "meta", which keeps no numbers
+        if found.is_cuda:       # streams, graphs and FSDP use the current one
             torch.cuda.set_device(found.device)
             if default_backend(found.device, 1) == "triton":
-                import triton
-                triton.runtime.driver.active.utils      # built here, if not yet: it takes a C compiler
+                import triton   # which needs a C compiler, and fails here if there is none
+                triton.runtime.driver.active.get_current_target()
         return found.device
-    except Exception as e:      # each backend raises its own
-        raise argparse.ArgumentTypeError(f"{name!r:.50} is not usable here ({shorten(str(e), 200)}); "
-                                         "try cpu") from e
+    except Exception as error:  # each backend raises its own
+        reason = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{text!r:.50} is not usable here ({reason:.200}); try cpu")
 
 
-@contextmanager
-def plainly(program: str, remedy: str):
-    """A decorator: what a user can help ends the program in one sentence, other faults in a traceback."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")            # None if it was closed
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):                      # Windows has another encoding for pipes
-            stream.reconfigure(encoding="utf-8")
-    try:
-        yield
-    except RuntimeError as e:   # a GPU's allocator has a class of its own for this, the CPU's has not
-        if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
-            raise
-        sys.exit(f"{program}: out of memory ({str(e).splitlines()[0]}); try {remedy}")
-    except (ValueError, OSError) as e:
-        sys.exit(f"{program}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+def new_file(text: str) -> Path:
+    """An argparse type: a file that can be written. A link stands for what it links to."""
+    path = Path(os.path.realpath(text))
+    if (path.exists() and not path.is_file()) or not os.access(f"{path.parent}/", os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is no file, or in no folder that can be written to")
+    return path
 
 
-@plainly("sample.py", "--quantize nf4")
 def main() -> None:
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # None if it is closed
+    for stream in sys.stdin, sys.stdout:
+        if hasattr(stream, "reconfigure"):                  # Windows has another encoding for pipes
+            stream.reconfigure(encoding="utf-8")
     parser = argparse.ArgumentParser(description="Continue a text with a Falcon-Mamba.")
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
         help="folder or Hugging Face hub id (default %(default)s)")
-    add("--prompt", action="append", metavar="TEXT",
-        help="text to continue, - for standard input; repeat for a batch")
+    add("--prompt", action="append", help="text to continue, - for standard input; repeat for a batch")
     add("--max-new-tokens", type=number(int, 0, 10**9), default=200, help="default %(default)s")
-    add("--temperature", type=number(float, 0, 1e6), default=0.8,
-        help="0 takes the likeliest (default %(default)s)")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: the likeliest (default 0.8)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
     add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this probability")
     add("--seed", type=number(int, 0, 2**63 - 1), default=torch.seed() % 2**63,
-        help="the same seed, the same text (default: a new one)")
+        help="the same seed and flags write the same text (default: drawn at random, and printed)")
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: as stored")
     add("--quantize", choices=["nf4"], help="4-bit weights, through the package bitsandbytes")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
-    add("--save-state", type=Path, metavar="FILE", help="where to keep the state after the text")
+    add("--save-state", type=new_file, metavar="FILE", help="where to keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
     args = parser.parse_args()
     args.prompt = args.prompt or [""]
-    prompts = len(args.prompt)
-    if args.load_state and prompts > 1 or args.save_state and prompts * args.num_samples > 1:
-        parser.error(f"a state file holds one text, but there are {prompts} prompts and --num-samples is "
-                     f"{args.num_samples}")
-    if args.save_state:
-        path = Path(os.path.realpath(args.save_state))
-        if path.exists() and not path.is_file() or not os.access(f"{path.parent}/", os.W_OK):
-            parser.error(f"--save-state {args.save_state} is no file, or in no folder that can be written to")
+    texts = len(args.prompt) * args.num_samples
+    if (args.load_state and len(args.prompt) > 1) or (args.save_state and texts > 1):
+        parser.error(f"a state file holds one text, but there are {len(args.prompt)} prompts and "
+                     f"--num-samples is {args.num_samples}")
     compiler = os.environ.get("CXX", "g++").split()[-1]
     if args.compile and args.device.type == "cpu" and os.name == "posix" and not shutil.which(compiler):
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
@@ -389,7 +484,16 @@ def main() -> None:
     except BrokenPipeError:     # whoever read the text has had enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if args.save_state:
-            raise OSError(f"the text's reader left early; {args.save_state} is not written") from None
+            sys.exit(f"sample.py: the text's reader left early; {args.save_state} is not written")
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+    except RuntimeError as error:
+        words = str(error)
+        if "out of memory" not in words and "can't allocate memory" not in words:
+            raise
+        sys.exit(f"sample.py: out of memory ({words.splitlines()[0]}); try --quantize nf4")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
