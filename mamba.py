@@ -378,13 +378,6 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path.parent} is no checkpoint, its {path.name} no JSON: {e}") from e
 
 
-def replace_file(new: Path, path: Path) -> None:
-    """Let `new`, once it is safe on the disk, take the place of `path`."""
-    with new.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
 def find(source: str | Path) -> Path:
     """The folder of that name, or else the local copy of the hub's repository of that name."""
     folder = os.path.expanduser(source)             # leaves a ~ that it does not know
