@@ -94,6 +94,34 @@ class RMSNorm(nn.RMSNorm):
         return y.to(self.weight.dtype)
 
 
+# How CPUs call their units for 16-bit products, in torch.cpu.get_capabilities(). ARM's name is last.
+UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+NO_UNITS = [dtype for dtype, names in UNITS.items()
+            if not any(torch.cpu.get_capabilities().get(name) for name in names)]
+WIDEN_FROM = 8          # tokens. For 4 of them PyTorch's own product was as fast, for 16 a third slower.
+ROWS = 512              # of a weight that are widened, packed or unpacked at a time: a cache holds them
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias. A CPU without units for 16 bits takes it in fp32, if tokens are many.
+
+    PyTorch's own product would widen each number again for every few tokens, and take more than
+    twice as long. Training uses it all the same: its backward would keep the wide weight.
+    """
+    few = x.numel() < WIDEN_FROM * x.shape[-1]
+    if few or x.device.type != "cpu" or x.dtype not in NO_UNITS or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    wide = x.float()
+    y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
+
 class Mixer(nn.Module):
     """What one layer does with the normalised stream."""
 
@@ -102,15 +130,15 @@ class Mixer(nn.Module):
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
         self.split = r, n, n
         self.eps = config.mixer_norm_eps
-        self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # only holds its tensors
-        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, d)
+        self.x_proj = Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = Linear(r, d)
         # A = -exp(A_log) is negative, however training moves A_log. Fresh, A is -1, -2, ..., -n in
         # each channel: n numbers that fade at n speeds.
         self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
-        self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
+        self.out_proj = Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, stream, past, h0, reset):
         """stream (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
@@ -158,7 +186,7 @@ class Mixer(nn.Module):
         # So does the reference in evaluation. Its fused training kernel normalises after dt_proj.
         dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
         weight = self.dt_proj.weight.to(x.dtype)    # training in bf16 keeps it in fp32
-        return F.linear(dt.to(x.dtype), weight), B, C               # (b, l, d), (b, l, n) twice
+        return product(dt.to(x.dtype), weight), B, C                # (b, l, d), (b, l, n) twice
 
 
 class Block(nn.Module):
@@ -196,7 +224,7 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         initialize(self)
