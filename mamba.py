@@ -58,16 +58,16 @@ class MambaConfig:
     conv_bias: bool = True
     tie_embeddings: bool = False        # lm_head is the embedding matrix
     initializer_range: float = 0.1      # standard deviation of fresh linear and embedding weights
-    bos_token_id: int = 0               # never put before a text
-    eos_token_id: int = 11
-    pad_token_id: int = 0
+    bos_token_id: int = 0               # or None; never put before a text
+    eos_token_id: int = 11              # or None, or a list: a text ends at any of them
+    pad_token_id: int = 0               # or None
 
     def __post_init__(self):
         require(self, int, 1, 2**20, "vocab_size", "d_model", "d_state", "d_conv", "expand")
         require(self, int, 1, 2**10, "n_layer")     # a broken file shall not ask for all memory
         require(self, float, 1e-30, 1, "norm_eps", "mixer_norm_eps", "initializer_range")
         require(self, bool, False, True, "bias", "conv_bias", "tie_embeddings")
-        require(self, int, 0, 2**20, "bos_token_id", "eos_token_id", "pad_token_id")
+        require_ids(self)
         if self.d_inner is None:
             self.d_inner = self.expand * self.d_model
         if self.dt_rank is None:
@@ -269,7 +269,7 @@ class Mamba(nn.Module):
             model = cls(config).eval()
         tensors, files = read_tensors(folder)
         if config.tie_embeddings:
-            tensors["lm_head.weight"] = tensors.get("backbone.embeddings.weight")
+            tie(tensors, folder)
         try:
             model.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as e:       # names what is missing, unexpected or of another shape
@@ -313,7 +313,7 @@ class Mamba(nn.Module):
         weights = folder / "model.safetensors.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.config, config)
+            write_config(self.config, tensors["backbone.embeddings.weight"].dtype, config)
             safetensors.torch.save_file(tensors, weights, {"format": "pt"})
             shutil.copymode(config, weights)    # safetensors lets only its owner read a file
             # Two files cannot change in one move. Killed in between, it leaves new weights with the
@@ -455,6 +455,7 @@ PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state"
              "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
              "bias": "use_bias", "conv_bias": "use_conv_bias",
              "tie_embeddings": "tie_word_embeddings"}
+UNQUANTISED = "load the unquantised one, from which sample.py --quantize nf4 makes 4 bits"
 
 
 def require(config: MambaConfig, kind: type, low: float, high: float, *names: str) -> None:
@@ -467,6 +468,17 @@ def require(config: MambaConfig, kind: type, low: float, high: float, *names: st
             raise ValueError(f"{called} is {value!r:.50}, but must be {limits}")
 
 
+def require_ids(config: MambaConfig) -> None:
+    """ValueError unless each is None or the number of a token; a text may have several ends."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        numbers = value if name == "eos_token_id" and type(value) is list else [value]
+        if not numbers or not all(type(i) is int and 0 <= i <= 2**20 for i in numbers):
+            raise ValueError(f"{name} is {value!r:.50}, but must be a token's number or null")
+
+
 def read_config(path: Path) -> dict:
     """MambaConfig's arguments, from a published config.json."""
     defaults = {"hidden_act": "silu", "tie_word_embeddings": True}      # the reference's
@@ -474,23 +486,25 @@ def read_config(path: Path) -> dict:
     for name, ours in [("model_type", "falcon_mamba"), ("hidden_act", "silu")]:
         if raw.get(name) != ours:
             raise ValueError(f"{path} has {name} {raw.get(name)!r:.50}; Falcon-Mamba's is {ours!r}")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{path.parent} is quantised; {UNQUANTISED}")
     config = {}
     for f in fields(MambaConfig):
-        value = raw.get(PUBLISHED.get(f.name, f.name))
-        if value not in (None, "auto"):
-            config[f.name] = value
+        name = PUBLISHED.get(f.name, f.name)
+        if name in raw:
+            config[f.name] = None if raw[name] == "auto" else raw[name]
     for name in ("vocab_size", "d_model", "n_layer"):
         if name not in config:
             raise ValueError(f"{path} lacks {PUBLISHED.get(name, name)}")
-    if type(config.get("eos_token_id")) is list and config["eos_token_id"]:
-        config["eos_token_id"] = config["eos_token_id"][0]
     return config
 
 
-def write_config(config: MambaConfig, path: Path) -> None:
+def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
     """What transformers reads as a FalconMambaConfig."""
     raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
-           "hidden_act": "silu", "residual_in_fp32": True}
+           "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+           "residual_in_fp32": True,
+           "pad_vocab_size_multiple": 1}    # else llama.cpp's converter rounds vocab_size up
     for f in fields(config):
         raw[PUBLISHED.get(f.name, f.name)] = getattr(config, f.name)
     path.write_text(json.dumps(raw, indent=2) + "\n")
@@ -506,16 +520,19 @@ def read_json(path: Path) -> dict:
 
 def find(source: str | Path) -> Path:
     """The folder of that name, or else the local copy of the hub's repository of that name."""
-    folder = os.path.expanduser(source)             # leaves a ~ that it does not know
+    name = str(source)
+    folder = os.path.expanduser(name)       # leaves a ~ that it does not know
     if os.path.isdir(folder):
         return Path(folder)
+    if name.count("/") != 1:                # the hub's names are owner/model
+        raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one called out")
     try:
-        files = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files))
+        files = ["*.json", "*.jinja", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub's client raises many kinds, its transport's among them
         why = shorten(str(e), 200)
-        raise ValueError(f"{str(source)!r:.200} is no folder here, nor downloaded ({why!r}); "
-                         "`python train.py` makes a model for `--model out`") from e
+        raise ValueError(f"{name!r:.200} is no folder here, nor downloaded ({why!r}); without a "
+                         "network, `python train.py` makes a model for `--model out`") from e
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:
@@ -543,8 +560,23 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:
     for name, v in tensors.items():
         if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{folder} has {name!r:.80} in {v.dtype}, not in floats of 16 bits or "
-                             "more")
+                             f"more; if it is quantised, {UNQUANTISED}")
     return tensors, files
+
+
+def tie(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Let lm_head.weight be the embeddings, which some writers store under both names.
+
+    ValueError if both are there and differ, because nobody can say which of them is meant.
+    """
+    embeddings = tensors.get("backbone.embeddings.weight")
+    head = tensors.get("lm_head.weight")
+    both = embeddings is not None and head is not None
+    if both and not torch.equal(embeddings, head.to(embeddings.dtype)):
+        raise ValueError(f"{folder} has another lm_head.weight than backbone.embeddings.weight, but "
+                         "tie_word_embeddings in its config.json makes them one: set that to false, "
+                         "or delete the tensor that is wrong")
+    tensors["lm_head.weight"] = embeddings
 
 
 def replace_file(new: Path, path: Path) -> None:

@@ -31,10 +31,12 @@ from mamba import Block, Mamba, State, find, read_json, replace_file
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
-TAIL = 32       # last tokens that matter to the text of the next ones: no character has more bytes
+TAIL = 16       # tokens that are decoded again with the next ones, whose text may depend on them
+KEPT = 1000     # last tokens in a state file: more than ever wait for the rest of a character
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None,
              stop: int | list[int] | None = None, generator: torch.Generator | None = None,
@@ -50,6 +52,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     length = tokens.shape[1]
     if length == 0:
         raise ValueError("there is no token to read; a prompt has at least one")
+    state = state or model.blank_state(len(tokens))
     # All tokens but the last are only read. The last is read in the loop below, like each new one.
     for begin in range(0, length - 1, PIECE):
         end = min(begin + PIECE, length - 1)
@@ -73,7 +76,10 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         yield token
         if ended.all() or (interrupted and interrupted.is_set()):
             break
-    return state
+    with torch.inference_mode(False):       # tensors made in this mode cannot be differentiated through
+        conv = [layer.clone() for layer in state.conv]
+        ssm = [layer.clone() for layer in state.ssm]
+    return State(conv, ssm)
 
 
 def replayed(model: Mamba, state: State):
@@ -109,12 +115,12 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     Temperature 0 takes the likeliest. Otherwise one is drawn from softmax(logits / temperature): from
     the top_k likeliest, and from the fewest of these that hold top_p of their probability.
     """
-    if not logits.isfinite().all():
+    best = logits.max(-1, keepdim=True)     # NaN if there is one
+    if not best.values.isfinite().all():
         raise ValueError("the logits are not finite: the weights are damaged or too large for --dtype")
     if temperature < torch.finfo(logits.dtype).tiny:            # which a tensor takes for 0
-        return logits.argmax(-1)
-    logits = logits - logits.max(-1, keepdim=True).values       # at most 0: no quotient overflows
-    logits = logits / temperature
+        return best.indices[:, 0]
+    logits = (logits - best.values) / temperature               # at most 0, so softmax is safe
     if top_k is None and top_p is None:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
     size = logits.shape[-1]
@@ -172,9 +178,8 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
           before: list[int] = [], goes_on: bool = False) -> tuple[list, list[float], State]:
     """Print the first text as it is made, and the others after it.
 
-    `before` are tokens of a former run. If the text goes on in another one, that one shows what is no
-    character yet. Returns each step's tokens, the times of the start and of each step, and the last
-    state, which generate returns.
+    `before` are tokens of a former run. If the text goes on in a later run, what is no character yet
+    is left to it. Returns the tokens of each step, the times at first and after each, and the last state.
     """
     texts = [Text(tokenizer, before, prompt) for prompt in prompts]
     made = []
@@ -191,17 +196,17 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
             piece = text.rest() if token in stop else text.add(token)
             text.pieces.append(piece)
         print(texts[0].pieces[-1], end="", flush=True)
-    if not goes_on:
-        for text in texts:
-            text.pieces.append(text.rest())
-        print(texts[0].pieces[-1], end="")
-    print("", *["".join(text.pieces) for text in texts[1:]], sep="\n")
+    for text in texts:
+        text.pieces.append("" if goes_on else text.rest())
+    print(texts[0].pieces[-1])
+    for text in texts[1:]:
+        print("".join(text.pieces))
     return made, times, state
 
 
 def save_state(path: Path, state: State, tokens: list[int]) -> None:
-    """Keep one text's state, which has read all tokens but the last, and the last few tokens."""
-    last = torch.tensor(tokens[-TAIL:])
+    """Keep one text's state, which has read all tokens but the last, and the last tokens."""
+    last = torch.tensor(tokens[-KEPT:])
     file = save({"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": last})
     new = path.with_name(path.name + ".partial")
     try:
@@ -214,7 +219,7 @@ def save_state(path: Path, state: State, tokens: list[int]) -> None:
 
 
 def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
-    """The state in a file, once for each of `batch` texts, and the last few tokens."""
+    """The state in a file, once for each of `batch` texts, and the last tokens."""
     try:
         found = load_file(path)
         last = found["last"]
@@ -234,7 +239,8 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
     size = model.config.vocab_size
     is_list = last.dtype == torch.int64 and last.dim() == 1 and len(last) > 0
     if not is_list or last.min() < 0 or last.max() >= size:
-        raise ValueError(f"{path} is damaged: its last tokens {last.tolist()!r:.200} are none of the {size}")
+        raise ValueError(f"{path} is damaged: not all its last tokens are numbers from 0 to {size - 1}: "
+                         f"{last.tolist()!r:.200}")
     return state, last.tolist()
 
 
@@ -245,6 +251,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"cannot read the tokenizer {path}: {str(error)!r:.300}") from error
     tokenizer.no_truncation()       # a file may ask for these two
     tokenizer.no_padding()
+    tokenizer.post_processor = None     # which may add a token at the front: Falcon-Mamba has none there
     return tokenizer
 
 
@@ -272,15 +279,16 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
             ids = read_json(folder / name).get("eos_token_id")
     if ids is None:
         ids = []
-    if isinstance(ids, int):
+    if not isinstance(ids, list):
         ids = [ids]
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise ValueError(f"{folder} has eos_token_id {ids!r:.50}, which is no token's number")
+    for token in ids:
+        if type(token) is not int:
+            raise ValueError(f"{folder} has eos_token_id {token!r:.50}, which is no token's number")
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None:
         return ids
     # 0 is only transformers' default: published files have it although their texts end otherwise.
-    return [end] + [token for token in ids if token not in (0, end)]
+    return [end, *(token for token in ids if token not in (0, end))]
 
 
 def nf4(linear: torch.nn.Linear) -> torch.nn.Module:
@@ -324,9 +332,9 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
     tell(f"loading {args.model}")
     folder = find(args.model)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    stop = end_tokens(folder, tokenizer)
     replace = nf4 if args.quantize else None
-    model = Mamba.from_pretrained(folder, args.device, dtypes[args.dtype], replace)
+    model = Mamba.from_pretrained(folder, args.device, DTYPES[args.dtype], replace)
     size = vocabulary(tokenizer)
     if size > model.config.vocab_size:
         raise ValueError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
@@ -335,7 +343,7 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
          f"{model.lm_head.weight.dtype}; scan: {default_backend(args.device, PIECE)} for prompts, "
          f"{default_backend(args.device, 1)} for tokens; "
          f"loaded in {time.perf_counter() - begin:.1f} s; seed {args.seed}")
-    return model, tokenizer, end_tokens(folder, tokenizer)
+    return model, tokenizer, stop
 
 
 def run(args: argparse.Namespace) -> None:
@@ -346,10 +354,10 @@ def run(args: argparse.Namespace) -> None:
     if not args.load_state and not all(prompts):
         raise ValueError("without --load-state, each --prompt needs some text, and so does standard input")
     model, tokenizer, stop = load(args)
+    rows = [encode(tokenizer, prompt) for prompt in prompts] * args.num_samples
     prompts = prompts * args.num_samples
-    rows = [encode(tokenizer, prompt) for prompt in prompts]
     before = []
-    state = model.blank_state(len(rows))
+    state = None
     if args.load_state:
         state, before = load_state(args.load_state, model, len(rows))
         rows = [before[-1:] + row for row in rows]      # the state has not read the last token
@@ -364,7 +372,7 @@ def run(args: argparse.Namespace) -> None:
     if longest > PIECE:
         tell(f"reading {longest} tokens")
     if args.compile:
-        tell("compiling at the second token, for up to a minute")
+        tell("compiling for up to a minute, at the first tokens")
         compile_blocks()
 
     interrupted = Event()
@@ -465,7 +473,7 @@ def main() -> None:
         help="the same seed and flags write the same text (default: drawn at random, and printed)")
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: as stored")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
     add("--quantize", choices=["nf4"], help="4-bit weights, through the package bitsandbytes")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
     add("--save-state", type=new_file, metavar="FILE", help="where to keep the state after the text")

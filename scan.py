@@ -1,8 +1,8 @@
 """The selective scan: a recurrent network whose steps can run in parallel.
 
-Each of d channels has a state h of n numbers, which follow h'(t) = A h(t) + B x(t). A is learned and
-negative: how fast each number fades. B is where a token writes its input x. C, below, is what it
-reads. A token lasts for a time delta, in which A, B and x stand still. At its end, exactly,
+Each of d channels has a state h of n numbers, which follow h'(t) = A h(t) + B x(t). A is learned
+and negative: how fast each number fades. B is where a token writes its input x. C, below, is what
+it reads. A token lasts for a time delta, in which A, B and x stand still. At its end, exactly,
 
     h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A B_t x_t
 
@@ -113,7 +113,7 @@ def cut(chunk: slice, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def run_chunk(decays, hs, x, delta, A, B, C, h, reset):
-    """Fill in a chunk's decays and states hs, (b, c, n, d) both; h is the state before -> C_t . h_t."""
+    """Fill in a chunk's decays and states hs, both (b, c, n, d), from the state h -> C_t . h_t."""
     # exp(v) = exp2(v log2(e)), and PyTorch's exp2 is the faster one on a CPU.
     torch.mul(delta[:, :, None], A * math.log2(math.e), out=decays).exp2_()
     if reset is not None:
@@ -127,8 +127,8 @@ def run_chunk(decays, hs, x, delta, A, B, C, h, reset):
 class Chunked(torch.autograd.Function):
     """In here A is (n, d) and a state (b, n, d), because a long last dimension is fastest.
 
-    xc is a chunk's part of x. All chunks share a few buffers, (b, c, n, d) each, because memory that
-    is new from the system is slow to touch: without them a step took 1.7 times as long.
+    xc is a chunk's part of x. All chunks share a few buffers, (b, c, n, d) each, because memory
+    that is new from the system is slow to touch: without them a step took 1.7 times as long.
     """
 
     @staticmethod
@@ -252,8 +252,8 @@ def check(x, A, **others) -> None:
             raise ValueError(f"{name} is {[*v.shape]}, but must be {shapes[name]} because x is "
                              f"{[*x.shape]} and A {[*A.shape]}")
         if name == "reset" and v.dtype != torch.bool:
-            raise ValueError(f"reset is {v.dtype}, but must be torch.bool")
-        if name == "x" and not v.is_floating_point():
+            raise ValueError(f"reset is of {v.dtype}, but must be of torch.bool")
+        if name != "reset" and not v.is_floating_point():
             raise ValueError(f"{name} is of {v.dtype}, but must be of floats")
 
 

@@ -1,22 +1,26 @@
-"""The selective scan for a GPU: the recurrence of scan.py as three Triton kernels.
+"""The selective scan for a GPU: the recurrence of scan.py, as Triton kernels.
 
     delta_t = softplus(dt_t + dt_bias)
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t     h_{t-1} is 0 where reset_t is set
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A thread keeps a channel's n states in registers, in fp32, and walks through time: no (b, l, d, n) in memory.
-But one sequence of the 7B gives 8192 threads, and an H100 wants six times as many at least. So time is cut in
-chunks and walked twice, as a chunk does no more than h_end = decay * h_start + local:
-    pass 1   every chunk at once, from h = 0: its local and its decay         scan_kernel, without y
-    pass 2   a short walk over chunks: the state that enters each             carry_kernel
-    pass 3   every chunk at once, from the state that enters it: y            scan_kernel
-When the batch alone fills the GPU there is one chunk, and pass 3 is all. It keeps a state every 256 steps or
-so. The stretches between these are the chunks of the backward, which is the same three passes from the end.
+A Triton program is one warp here: 32 threads in lockstep. A thread holds the n states of one
+channel in registers and walks through time. So no tensor (b, l, d, n) ever lies in memory.
 
-An H100 has 132 SMs. Each runs many warps, 32 threads in lockstep and here one Triton program. Values too many
-for registers spill to memory, and a sum over threads takes shuffles between them. `python scan_triton.py`
-compiles all for an H100, GPU or not, and estimates the time. It is not measured yet: the kernels are verified
-in Triton's interpreter, on a CPU. Next: mamba.py. Sizes: b batch, l length, d channels, n states a channel.
+One sequence of the 7B has 8192 channels, or 256 warps. An H100 has room for more than 2000. So
+time is cut into chunks, and all chunks are walked at once. That is possible because a chunk does
+only one thing to the state that enters it, h_end = decay * h_start + local:
+
+    pass 1   reduce_kernel   every chunk at once, from h = 0: its decay and its local
+    pass 2   carry_kernel    chunk after chunk: the state that enters each
+    pass 3   scan_kernel     every chunk at once, from that state: y
+
+A batch that fills the GPU by itself is not cut and needs pass 3 only. The backward is three such
+passes from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes
+step_kernel. `python scan_triton.py` compiles them all for an H100, with or without a GPU, and
+estimates their time, which was never measured. Next: mamba.py.
+
+Sizes: b batch, l length, d channels, n states of a channel.
 """
 import torch
 from torch import Tensor
@@ -28,273 +32,479 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = tl.constexpr(32)  # of a program; in scan_kernel a thread has one, and sums over n need no shuffles
-STEPS = 4            # steps a block, loaded together ahead of use; with 8, adjoint_kernel lacks registers
-KEEP = 256           # the backward starts from states this many steps apart, at most
-SCRATCH = 500 << 20  # bytes of a backward's scratch, about: it takes no more chunks at a time than fit
-LOG2E = tl.constexpr(1.4426950408889634)      # exp(v) = exp2(v log2(e)), and exp2 is what the hardware has
-ENDLESS = 1e35       # the length of the step on which a document starts: it forgets everything
-# Triton compiles a kernel anew for a number or address that is a multiple of 16, and for 1: not for these.
+CHANNELS = tl.constexpr(32)     # of a program
+STEPS = 4                       # a block of steps is loaded at once, before the first is computed
+KEEP = 256                      # the forward keeps a state at least every so many steps
+SCRATCH = 500 << 20             # bytes: the backward takes as many chunks at a time as fit in here
+WARPS = 21                      # about as many fit on a multiprocessor in pass 3, by registers
+LOG2E = tl.constexpr(1.4426950408889634)    # exp(v) = exp2(v log2(e)), and a GPU has exp2
+
+# Triton compiles a kernel anew for an argument of 1 and for multiples of 16. Not for these.
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
+# Of addresses known to be multiples of 16, a thread would take 4 channels and n / 4 states of each.
+# The sum over n would then pass between threads. So Triton is not told about these.
+STATES = ["A_ptr", "start_ptr", "h_ptr", "kept_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
+channel_a_thread = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
 
-def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
-    """How many chunks to cut time into: one if channels alone keep the GPU busy, which takes 12 warps an SM.
-    Else enough for 64, three rounds of the 20 or so that fit, so that a last, partial round is cheap. In 128
-    steps or more, a chunk's kept state is at most a quarter of its x in bf16."""
-    warps = max(1, b * triton.cdiv(d, CHANNELS))
-    return 1 if warps >= 12 * sm_count else max(1, min(triton.cdiv(64 * sm_count, warps), l // 128))
+# What the kernels share.
 
 
 @triton.jit
 def softplus(v):
-    # max(v, 0) + log1p(exp(-|v|)) never overflows, above 17 it rounds to v. log1p(e) = 2 artanh(e / (2 + e)),
-    # a series that keeps all digits of a small delta, where log(1 + e) would lose them.
+    # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. The
+    # series of log(1 + e) = 2 artanh(e / (2 + e)) keeps the digits of a small e.
     e = tl.exp2(tl.abs(v) * -LOG2E)
     r = e / (2 + e)
     q = r * r
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
     return tl.maximum(v, 0) + 2 * r * series
 
 
 @triton.jit
-def silu(z, z_ptr):
-    return 1.0 if z_ptr is None else z * tl.sigmoid(z)      # without z there is no gate
+def decay_in(time, A, reset):
+    # exp(time A), (n, CHANNELS). A was multiplied by log2(e). A reset adds -inf to the exponent:
+    # 2^-inf is 0, and so nothing is left of the state.
+    return tl.exp2(time[None, :] * A + reset)
+
+
+@triton.jit
+def find_chunk(l, since, chunk, chunks, d: tl.constexpr):
+    # A sequence has `chunks` chunks of `chunk` steps, from step `since` on. The program's is the
+    # k-th of all sequences: an int64, because offsets are made from it, and b * l * d passes 2^31.
+    k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
+    start = since + (k % chunks).to(tl.int32) * chunk
+    return k, k // chunks, start, tl.minimum(start + chunk, l)
+
+
+@triton.jit
+def find_channels(d: tl.constexpr, n: tl.constexpr):
+    # The program's channels c, a power of 2 of states i, and where both lie in a tensor (n, d). In
+    # this order, neighbouring threads read neighbours.
+    c = tl.program_id(0) % tl.cdiv(d, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
+    i = tl.arange(0, triton.next_power_of_2(n))
+    return c, i, i[:, None] * d + c[None, :], (i < n)[:, None] & (c < d)[None, :]
 
 
 @triton.jit
 def load(ptr, at, mask, other: tl.constexpr = 0.0):
-    return 0.0 if ptr is None else tl.load(ptr + at, mask, other).to(tl.float32)     # 0 without such a tensor
+    return tl.load(ptr + at, mask, other).to(tl.float32)
 
 
 @triton.jit
-def load_all(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, left, d: tl.constexpr, STEPS: tl.constexpr):
-    # A block's rows, all requested before one is used. After the end dt is -inf, so delta is 0: no change.
-    xs, dts, zs, gs, resets = (), (), (), (), ()
-    for s in tl.static_range(STEPS):
-        at, live = (row + s) * d + c, s < tl.where(c < d, left, 0)
-        xs += (load(x_ptr, at, live),)
-        dts += (load(dt_ptr, at, live, float("-inf")),)
-        zs += (load(z_ptr, at, live),)
-        gs += (load(dy_ptr, at, live),)
-        resets += (load(reset_ptr, row + s, s < left),)
-    return xs, dts, zs, gs, resets
-
-
-@triton.jit
-def begin(l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
-    # A program takes CHANNELS channels, c, through one chunk, the k-th of all: each sequence has `chunks`, of
-    # `chunk` steps, from step `since` on. Offsets are made from k, in int64, as b * l * d passes 2^31.
-    tiles: tl.constexpr = triton.cdiv(d, CHANNELS)
-    k, i = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, triton.next_power_of_2(n))
-    c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    first = since + (k % chunks).to(tl.int32) * chunk
-    end = tl.minimum(first + chunk, l)
-    # States lie (n, d), so that neighbouring threads read neighbours. A single token, STEPS = 1, updates the
-    # model's own state in place, and that lies (d, n).
-    tile = i[:, None] * d + c[None, :] if STEPS > 1 else i[:, None] + c[None, :] * n  # (n padded, CHANNELS)
-    return k, k // chunks, first, end, c, i, tile, (i < n)[:, None] & (c < d)[None, :]
-
-
-# Arguments of both big kernels: x_ptr, dt_ptr, z_ptr (None: no gate) and dy_ptr are (b, l, d), A (n, d), D
-# and bias (d,), B and C (b, l, n) with zeros after l up to whole blocks, reset (b, l) ENDLESS where a
-# document starts and else 0 (None: none does). For the lengths and k see begin.
-#
-# Without dy_ptr this kernel is the forward's pass 1 or 3. With it, it is pass 1 of the backward, told below:
-# skip the lines about dy, dh and decay at first. If Triton knew states to lie at multiples of 16, it would
-# load four channels a thread and spread the states of each over four threads. Not told, it loads one.
-@triton.jit(do_not_specialize=LENGTHS,
-            do_not_specialize_on_alignment=["A_ptr", "enter_ptr", "kept_ptr", "end_ptr", "decay_ptr"])
-def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                dy_ptr,                # the backward, which begins with this walk too; else None
-                enter_ptr,             # (b, chunks, n, d): what enters each chunk; None: zero
-                y_ptr,                 # (b, l, d) out: y, in the backward dz; or None
-                kept_ptr,              # (b, chunks * chunk / keep, n, d) out: h every `keep` steps; or None
-                end_ptr,               # (b, chunks, n, d) out: what leaves each chunk; backward: local dh
-                decay_ptr,             # (b, chunks, n, d) out: each chunk's decay; or None
-                l, since, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, STEPS)
-    A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
-    h = tl.zeros_like(A) if enter_ptr is None else load(enter_ptr, k * n * d + tile, live)
-    dh, decay, time = tl.zeros_like(A), tl.full(A.shape, 1.0, tl.float32), tl.zeros_like(bias)
-    due, kept = first, k * (chunk // keep)         # the step at which to keep h next, and its place
-    for t in range(first, end, STEPS):
-        row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
-        if kept_ptr is not None and t == due:
-            tl.store(kept_ptr + kept * n * d + tile, h, live)
-            due, kept = due + keep, kept + 1
-        xs, dts, zs, gs, resets = load_all(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
-        ys = ()
+def load_rows(ptr, row, left, c, d: tl.constexpr, STEPS: tl.constexpr, other: tl.constexpr = 0.0):
+    # A block: STEPS rows of a tensor (b, l, d), if it is not None. `left` of them are in the chunk.
+    rows = ()
+    if ptr is not None:
         for s in tl.static_range(STEPS):
+            rows += (load(ptr, (row + s) * d + c, s < tl.where(c < d, left, 0), other),)
+    return rows
+
+
+@triton.jit
+def store_rows(ptr, rows, row, left, c, d: tl.constexpr, STEPS: tl.constexpr):
+    for s in tl.static_range(STEPS):
+        tl.store(ptr + (row + s) * d + c, rows[s], s < tl.where(c < d, left, 0))
+
+
+@triton.jit
+def load_reset(ptr, at, mask):
+    return 0.0 if ptr is None else tl.where(tl.load(ptr + at, mask, False), float("-inf"), 0.0)
+
+
+@triton.jit
+def load_BC(ptr, row, s, left, i, n: tl.constexpr):
+    # Row s of a block of (b, l, n). After the end it is the last one again, and gets multiplied by
+    # 0. That is less work than a mask.
+    return load(ptr + row * n, tl.minimum(s, left - 1) * n + i, i < n)
+
+
+# The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
+# bool. z and reset may be None.
+
+
+# Pass 1:   h = 0
+#           for t in the chunk:
+#               h = exp(delta_t A) h + delta_t B_t x_t
+#           local = h
+#           decay = the product of all exp(delta_t A) = exp(A * the sum of all delta_t)
+@channel_a_thread
+def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
+                  decay_ptr, local_ptr,     # (b, chunks, n, d) out
+                  l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
+    c, i, tile, inside = find_channels(d, n)
+    A = load(A_ptr, tile, inside) * LOG2E
+    bias = load(bias_ptr, c, c < d)
+    h = tl.zeros_like(A)
+    time = tl.zeros_like(bias)
+    resets = 0.0
+    for t in range(start, end, STEPS):
+        row = sequence * l + t
+        left = end - t
+        xs = load_rows(x_ptr, row, left, c, d, STEPS)
+        # softplus(-inf) is 0: a step after the end takes no time and changes nothing.
+        dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
+        for s in tl.static_range(STEPS):
+            B = load_BC(B_ptr, row, s, left, i, n)
             delta = softplus(dts[s] + bias)
-            B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
-            a = tl.exp2((delta + resets[s])[None, :] * A)
-            h = a * h + (delta * xs[s])[None, :] * B[:, None]
-            time += delta + resets[s]
-            y = tl.sum(C[:, None] * h, 0) + D * xs[s]
-            if dy_ptr is None:
-                ys += (y * silu(zs[s], z_ptr),)
-            else:
-                decay *= a
-                dh += decay * (gs[s] * silu(zs[s], z_ptr))[None, :] * C[:, None]
-                if z_ptr is not None:
-                    gate = tl.sigmoid(zs[s])
-                    ys += (gs[s] * y * gate * (1 + zs[s] * (1 - gate)),)
-        if y_ptr is not None:
-            for s in tl.static_range(STEPS):
-                tl.store(y_ptr + (row + s) * d + c, ys[s], s < left)
-    tl.store(end_ptr + k * n * d + tile, h if dy_ptr is None else dh, live)
-    if decay_ptr is not None:      # the product of all exp(delta_t A): forward, exp(A time) at an add a step
-        tl.store(decay_ptr + k * n * d + tile, tl.exp2(time[None, :] * A) if dy_ptr is None else decay, live)
+            reset = load_reset(reset_ptr, row + s, s < left)
+            h = decay_in(delta, A, reset) * h + (delta * xs[s])[None, :] * B[:, None]
+            time += delta
+            resets += reset
+    tl.store(decay_ptr + k * n * d + tile, decay_in(time, A, resets), inside)
+    tl.store(local_ptr + k * n * d + tile, h, inside)
 
 
+# Pass 2, for the backward too:   for each chunk: h = decay * h + local
+# A state is a row of size = n * d numbers here.
 @triton.jit(do_not_specialize=LENGTHS)
-def carry_kernel(carry_ptr,            # (b, size): what enters them all, overwritten with what leaves
-                 decay_ptr,            # (b, chunks, size), size = n * d
-                 local_ptr,            # (b, chunks, size): overwritten with what enters each chunk
+def carry_kernel(h_ptr,             # (b, size): what enters the first, then what leaves the last
+                 decay_ptr,         # (b, chunks, size)
+                 local_ptr,         # (b, chunks, size), overwritten with what enters each chunk
                  chunks, size: tl.constexpr, FROM_END: tl.constexpr):
-    tiles: tl.constexpr = triton.cdiv(size, CHANNELS)
-    seq = (tl.program_id(0) // tiles).to(tl.int64)
-    i = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    h = load(carry_ptr, seq * size + i, i < size)
-    for k in range(chunks):
-        at = (seq * chunks + (chunks - 1 - k if FROM_END else k)) * size + i
-        decay, local = load(decay_ptr, at, i < size), load(local_ptr, at, i < size)
+    sequence = (tl.program_id(0) // tl.cdiv(size, CHANNELS)).to(tl.int64)
+    i = tl.program_id(0) % tl.cdiv(size, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
+    h = load(h_ptr, sequence * size + i, i < size)
+    for step in range(chunks):
+        k = chunks - 1 - step if FROM_END else step
+        at = (sequence * chunks + k) * size + i
+        decay = load(decay_ptr, at, i < size)
+        local = load(local_ptr, at, i < size)
         tl.store(local_ptr + at, h, i < size)
         h = decay * h + local
-    tl.store(carry_ptr + seq * size + i, h, i < size)
+    tl.store(h_ptr + sequence * size + i, h, i < size)
 
 
-# Backward: the equations above chunk_steps in scan.py, in their names, with u_t = exp(delta_t A) h_{t-1} and
-# du = d(delta_t A) = dh_t u_t. h cannot be run back: that would divide by decays. So scan_kernel walks each
-# chunk once more, leaves h every STEPS steps in scratch, and sums what the chunk adds to dh: C_t g_t times
-# the decay up to t (pass 1). carry_kernel turns that into the dh that enters each chunk from its end (pass
-# 2), and adjoint_kernel walks back, with the states of a block in registers (pass 3).
-#
-# dB and dC sum over channels: with a thread a channel, 2 x 16 sums a step in log2(32) shuffles each. Here the
-# compiler knows the pointers to be aligned and gives a thread 4 states of 4 channels: 40 shuffles, not 160.
-@triton.jit(do_not_specialize=LENGTHS)
-def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr, dy_ptr,
-                   blocks_ptr,         # (b, chunks * chunk / STEPS, n, d): what enters each block
-                   dh_ptr,             # (b, chunks, n, d): what enters each chunk from its end
-                   dx_ptr, ddt_ptr,    # (b, l, d) out
-                   dBC_ptr,            # (b, chunks, tiles, chunk, 2, n) out: dB and dC, of these channels
-                   sums_ptr,           # (b, chunks, n + 2, d) out: dA, dD and dbias, of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
-    k, seq, first, end, c, i, tile, live = begin(l, since, chunk, chunks, d, n, STEPS)
-    A, D, bias = load(A_ptr, tile, live) * LOG2E, load(D_ptr, c, c < d), load(bias_ptr, c, c < d)
-    dh, dA = load(dh_ptr, k * n * d + tile, live), tl.zeros_like(A)
-    dD, dbias = tl.zeros_like(D), tl.zeros_like(bias)
-    for back in range(0, end - first, STEPS):
-        t = first + (end - first - 1) // STEPS * STEPS - back
-        row, padded, left = seq * l + t, seq * tl.cdiv(l, STEPS) * STEPS + t, tl.where(c < d, end - t, 0)
-        block = k * (chunk // STEPS) + (t - first) // STEPS
-        xs, dts, zs, gs, resets = load_all(x_ptr, dt_ptr, z_ptr, dy_ptr, reset_ptr, row, c, end - t, d, STEPS)
-        h = load(blocks_ptr, block * n * d + tile, live)
-        deltas, ws, us = (), (), ()
+# Pass 3:   h = the state that enters the chunk
+#           for t in the chunk:
+#               h = exp(delta_t A) h + delta_t B_t x_t
+#               y_t = (C_t . h + D x_t) SiLU(z_t)
+# For the backward, h is kept at the chunk's start and then every `keep` steps.
+@channel_a_thread
+def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+                start_ptr,          # (b, chunks, n, d): what enters each chunk
+                y_ptr,              # (b, l, d) out
+                kept_ptr,           # (b, chunks * chunk / keep, n, d) out
+                h_ptr,              # (b, n, d) out: the last state
+                l, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
+    c, i, tile, inside = find_channels(d, n)
+    A = load(A_ptr, tile, inside) * LOG2E
+    D = load(D_ptr, c, c < d)
+    bias = load(bias_ptr, c, c < d)
+    h = load(start_ptr + k * n * d, tile, inside)
+    kept = k * (chunk // keep)
+    for keep_start in range(start, end, keep):
+        tl.store(kept_ptr + kept * n * d + tile, h, inside)
+        kept += 1
+        for t in range(keep_start, tl.minimum(keep_start + keep, end), STEPS):
+            row = sequence * l + t
+            left = end - t
+            xs = load_rows(x_ptr, row, left, c, d, STEPS)
+            dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
+            zs = load_rows(z_ptr, row, left, c, d, STEPS)
+            ys = ()
+            for s in tl.static_range(STEPS):
+                B = load_BC(B_ptr, row, s, left, i, n)
+                C = load_BC(C_ptr, row, s, left, i, n)
+                delta = softplus(dts[s] + bias)
+                reset = load_reset(reset_ptr, row + s, s < left)
+                h = decay_in(delta, A, reset) * h + (delta * xs[s])[None, :] * B[:, None]
+                y = tl.sum(C[:, None] * h, 0) + D * xs[s]
+                if z_ptr is not None:
+                    y *= zs[s] * tl.sigmoid(zs[s])
+                ys += (y,)
+            store_rows(y_ptr, ys, row, left, c, d, STEPS)   # last, so that no load waits for it
+    if end == l:
+        tl.store(h_ptr + sequence * n * d + tile, h, inside)
+
+
+# One token. The state is the model's own, and lies (d, n). So does A here.
+@triton.jit
+def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+                h_ptr,              # (b, d, n), overwritten
+                y_ptr,              # (b, 1, d) out
+                d: tl.constexpr, n: tl.constexpr):
+    sequence = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
+    c, i, _, inside = find_channels(d, n)
+    tile = c[None, :] * n + i[:, None]
+    A = load(A_ptr, tile, inside) * LOG2E
+    h = load(h_ptr + sequence * d * n, tile, inside)
+    B = load(B_ptr + sequence * n, i, i < n)
+    C = load(C_ptr + sequence * n, i, i < n)
+    x = load(x_ptr + sequence * d, c, c < d)
+    dt = load(dt_ptr + sequence * d, c, c < d)
+    delta = softplus(dt + load(bias_ptr, c, c < d))
+    reset = load_reset(reset_ptr, sequence, True)
+    h = decay_in(delta, A, reset) * h + (delta * x)[None, :] * B[:, None]
+    y = tl.sum(C[:, None] * h, 0) + load(D_ptr, c, c < d) * x
+    if z_ptr is not None:
+        z = load(z_ptr + sequence * d, c, c < d)
+        y *= z * tl.sigmoid(z)
+    tl.store(h_ptr + sequence * d * n + tile, h, inside)
+    tl.store(y_ptr + sequence * d + c, y, c < d)
+
+
+# The backward. dh_t is the loss's gradient in h_t, and so for the other names. With
+#     g_t = dy_t SiLU(z_t),   w_t = delta_t x_t,   u_t = exp(delta_t A) h_{t-1}
+# the forward is h_t = u_t + w_t B_t. y_t and h_{t+1} read h_t, so dh is a recurrence as well:
+#     dh_t = C_t g_t + exp(delta_{t+1} A) dh_{t+1}
+# The other gradients follow:
+#     dC_t = sum over d of g_t h_t                    dB_t = sum over d of w_t dh_t
+#     dw_t = sum over n of B_t dh_t                   du_t = u_t dh_t, the gradient in delta_t A
+#     dx_t = delta_t dw_t + D g_t                     dA = sum over t of delta_t du_t
+#     ddelta_t = x_t dw_t + sum over n of A du_t      ddt_t = ddelta_t sigmoid(dt_t + bias)
+#     dD = sum over t of x_t g_t                      dbias = sum over t of ddt_t
+# h cannot be run backwards, which would divide by decays. So it is computed once more from the
+# states that the forward has kept. They are the starts of the backward's chunks.
+
+
+# Pass 1:   h = the state that enters the chunk,   dh = 0,   decay = 1
+#           for t in the chunk:
+#               h = exp(delta_t A) h + delta_t B_t x_t
+#               dz_t = dy_t (C_t . h + D x_t) SiLU'(z_t)
+#               decay = decay exp(delta_t A)
+#               dh = dh + decay C_t g_t
+# dh is what the chunk adds to the gradient at its start. Pass 3 needs the h of every block.
+@channel_a_thread
+def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+                  start_ptr,        # (b, chunks, n, d): what enters each chunk
+                  dy_ptr,           # (b, l, d)
+                  dz_ptr,           # (b, l, d) out; None without z
+                  blocks_ptr,       # (b, chunks * chunk / STEPS, n, d) out: what enters each block
+                  decay_ptr, local_ptr,     # (b, chunks, n, d) out: decay and dh
+                  l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
+    c, i, tile, inside = find_channels(d, n)
+    A = load(A_ptr, tile, inside) * LOG2E
+    D = load(D_ptr, c, c < d)
+    bias = load(bias_ptr, c, c < d)
+    h = load(start_ptr + k * n * d, tile, inside)
+    dh = tl.zeros_like(A)
+    decay = tl.full(A.shape, 1.0, tl.float32)
+    block = k * (chunk // STEPS)
+    for t in range(start, end, STEPS):
+        tl.store(blocks_ptr + block * n * d + tile, h, inside)
+        block += 1
+        row = sequence * l + t
+        left = end - t
+        xs = load_rows(x_ptr, row, left, c, d, STEPS)
+        dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
+        zs = load_rows(z_ptr, row, left, c, d, STEPS)
+        dys = load_rows(dy_ptr, row, left, c, d, STEPS)
+        dzs = ()
         for s in tl.static_range(STEPS):
-            deltas += (softplus(dts[s] + bias),)
-            ws += (deltas[s] * xs[s],)
-            us += (tl.exp2((deltas[s] + resets[s])[None, :] * A) * h,)
-            h = us[s] + ws[s][None, :] * load(B_ptr, (padded + s) * n + i, i < n)[:, None]
+            B = load_BC(B_ptr, row, s, left, i, n)
+            C = load_BC(C_ptr, row, s, left, i, n)
+            delta = softplus(dts[s] + bias)
+            a = decay_in(delta, A, load_reset(reset_ptr, row + s, s < left))
+            h = a * h + (delta * xs[s])[None, :] * B[:, None]
+            g = dys[s]
+            if z_ptr is not None:
+                y = tl.sum(C[:, None] * h, 0) + D * xs[s]
+                gate = tl.sigmoid(zs[s])
+                dzs += (dys[s] * y * gate * (1 + zs[s] * (1 - gate)),)
+                g *= zs[s] * gate
+            decay *= a
+            dh += decay * C[:, None] * g[None, :]
+        if z_ptr is not None:
+            store_rows(dz_ptr, dzs, row, left, c, d, STEPS)
+    tl.store(decay_ptr + k * n * d + tile, decay, inside)
+    tl.store(local_ptr + k * n * d + tile, dh, inside)
+
+
+# Pass 3:   dh = what enters the chunk from its end
+#           for each block, from the last:
+#               for t in the block:
+#                   u_t, w_t, from the h that enters the block
+#               for t in the block, from the last:
+#                   dh = dh + C_t g_t
+#                   the other gradients of step t
+#                   dh = exp(delta_t A) dh
+# Sums over d pass between threads in any case. So Triton may know the addresses here.
+@triton.jit(do_not_specialize=LENGTHS)
+def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+                   dy_ptr,                  # (b, l, d)
+                   blocks_ptr,              # (b, chunks * chunk / STEPS, n, d)
+                   dh_ptr,                  # (b, chunks, n, d): what enters a chunk from its end
+                   dx_ptr, ddt_ptr,         # (b, l, d) out
+                   dB_ptr, dC_ptr,          # (b, chunks, tiles, chunk, n) out: of these channels
+                   dA_ptr,                  # (b, chunks, n, d) out: of these steps
+                   dD_ptr, dbias_ptr,       # (b, chunks, d) out: of these steps
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
+    c, i, tile, inside = find_channels(d, n)
+    A = load(A_ptr, tile, inside) * LOG2E
+    D = load(D_ptr, c, c < d)
+    bias = load(bias_ptr, c, c < d)
+    dh = load(dh_ptr + k * n * d, tile, inside)
+    dA = tl.zeros_like(A)
+    dD = tl.zeros_like(D)
+    dbias = tl.zeros_like(bias)
+    blocks = tl.cdiv(end - start, STEPS)
+    for done in range(blocks):
+        block = blocks - 1 - done
+        t = start + block * STEPS
+        row = sequence * l + t
+        left = end - t
+        xs = load_rows(x_ptr, row, left, c, d, STEPS)
+        dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
+        zs = load_rows(z_ptr, row, left, c, d, STEPS)
+        dys = load_rows(dy_ptr, row, left, c, d, STEPS)
+        h = load(blocks_ptr + (k * (chunk // STEPS) + block) * n * d, tile, inside)
+        us = ()
+        for s in tl.static_range(STEPS):
+            B = load_BC(B_ptr, row, s, left, i, n)
+            delta = softplus(dts[s] + bias)
+            us += (decay_in(delta, A, load_reset(reset_ptr, row + s, s < left)) * h,)
+            h = us[s] + (delta * xs[s])[None, :] * B[:, None]
         for s in tl.static_range(STEPS - 1, -1, -1):
-            # After the end delta is 0 already. This mask hides from the compiler that the exp2 at the end was
-            # computed in the walk above: it would keep all of those in registers, run out of them and spill.
-            delta, g = tl.where(s < left, deltas[s], 0.0), gs[s] * silu(zs[s], z_ptr)
-            B, C = load(B_ptr, (padded + s) * n + i, i < n), load(C_ptr, (padded + s) * n + i, i < n)
+            B = load_BC(B_ptr, row, s, left, i, n)
+            C = load_BC(C_ptr, row, s, left, i, n)
+            # After the end delta is 0 in any case. The mask hides from the compiler that the decay
+            # below was computed above. It would keep all of those, and run out of registers.
+            delta = tl.where(s < left, softplus(dts[s] + bias), 0.0)
+            w = delta * xs[s]
+            g = dys[s]
+            if z_ptr is not None:
+                g *= zs[s] * tl.sigmoid(zs[s])
+            h = us[s] + w[None, :] * B[:, None]
             dh += C[:, None] * g[None, :]
-            dBC = dBC_ptr + (tl.program_id(0).to(tl.int64) * chunk + t - first + s) * 2 * n + i
-            tl.store(dBC, tl.sum(dh * ws[s][None, :], 1), i < n)
-            tl.store(dBC + n, tl.sum((us[s] + ws[s][None, :] * B[:, None]) * g[None, :], 1), i < n)
+            sums = (tl.program_id(0).to(tl.int64) * chunk + block * STEPS + s) * n + i
+            tl.store(dB_ptr + sums, tl.sum(dh * w[None, :], 1), i < n)
+            tl.store(dC_ptr + sums, tl.sum(h * g[None, :], 1), i < n)
             du = dh * us[s]
             dA += du * delta[None, :]
             dw = tl.sum(dh * B[:, None], 0)
-            ddt = (tl.sum(du * A, 0) / LOG2E + dw * xs[s]) * tl.sigmoid(dts[s] + bias)
-            dD += g * xs[s]
+            ddelta = dw * xs[s] + tl.sum(du * A, 0) / LOG2E
+            ddt = ddelta * tl.sigmoid(dts[s] + bias)
+            dD += xs[s] * g
             dbias += ddt
-            tl.store(dx_ptr + (row + s) * d + c, delta * dw + D * g, s < left)
-            tl.store(ddt_ptr + (row + s) * d + c, ddt, s < left)
-            dh *= tl.exp2((delta + resets[s])[None, :] * A)
-    sums = sums_ptr + k * (n + 2) * d
-    tl.store(sums + tile, dA, live)
-    tl.store(sums + n * d + c, dD, c < d)
-    tl.store(sums + (n + 1) * d + c, dbias, c < d)
+            exists = s < tl.where(c < d, left, 0)
+            tl.store(dx_ptr + (row + s) * d + c, delta * dw + D * g, exists)
+            tl.store(ddt_ptr + (row + s) * d + c, ddt, exists)
+            dh *= decay_in(delta, A, load_reset(reset_ptr, row + s, s < left))
+    tl.store(dA_ptr + k * n * d + tile, dA, inside)
+    tl.store(dD_ptr + k * d + c, dD, c < d)
+    tl.store(dbias_ptr + k * d + c, dbias, c < d)
 
 
-# What PyTorch sees: three operators, opaque to torch.compile, with rules for shapes and for the gradient.
-# These are the last arguments of each, and the first ones of both big kernels.
-INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, Tensor? reset"
+# What PyTorch sees: three operators that torch.compile does not look into. Each takes these last.
+INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, "
+          "Tensor? reset")
 
 
 def launch(kernel, rows: int, width: int, *args, **sizes) -> None:
-    # On x's GPU, as Triton takes the current one. All in a grid's first axis: the others end at 65535.
-    with torch.cuda.device_of(args[0]):
-        kernel[(rows * triton.cdiv(width, CHANNELS),)](*args, **sizes, num_warps=1)
+    """Run a program for each row and each CHANNELS of the width."""
+    grid = (rows * triton.cdiv(width, CHANNELS),)   # one axis, because the others end at 65535
+    with torch.cuda.device_of(args[0]):             # Triton would take the current GPU
+        kernel[grid](*args, **sizes, num_warps=1, enable_fp_fusion=True)
+
+
+def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
+    """How many chunks to cut time into."""
+    warps = max(1, b * triton.cdiv(d, CHANNELS))
+    # Chunks are walked twice. One chunk is walked once: faster, if it takes half of all places.
+    if warps >= sm_count * WARPS / 2:
+        return 1
+    # Three warps for each place, so that it costs little if the last ones leave places empty.
+    wanted = triton.cdiv(3 * sm_count * WARPS, warps)
+    # No fewer than 128 steps. The state kept is then a quarter of x's bytes in bf16, for n = 16.
+    return max(1, min(wanted, l // 128))
 
 
 def cut_time(x: Tensor) -> tuple[int, int, int]:
-    """How many chunks the forward has, the steps in one, and in one of the backward: multiples of STEPS."""
-    sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-    chunk = triton.cdiv(x.shape[1], chunk_count(*x.shape, sm_count))
+    """How many chunks, the steps of one, and how many of them lie between two kept states."""
+    b, l, d = x.shape
+    sm_count = 132                                  # an H100's
+    if x.is_cuda:
+        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    chunk = triton.cdiv(l, chunk_count(b, l, d, sm_count))
     parts = triton.cdiv(chunk, KEEP)
     keep = triton.cdiv(chunk, parts * STEPS) * STEPS
-    return triton.cdiv(x.shape[1], parts * keep), parts * keep, keep
+    chunk = parts * keep
+    return triton.cdiv(l, chunk), chunk, keep
+
+
+def contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
                          schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
 def scan(h0, *inputs):
-    """y, the last h, and the states from which the backward starts. h0 and h are (b, n, d); all inputs must
-    be as the kernels ask, which nobody checks here."""
-    inputs = [t if t is None else t.contiguous() for t in inputs]
-    y, h, kept = empty_outputs(h0, *inputs)
-    (b, l, d), n, (chunks, chunk, keep) = y.shape, h.shape[1], cut_time(y)
-    sizes = dict(l=l, since=0, chunk=chunk, chunks=chunks, keep=keep, d=d, n=n, STEPS=STEPS)
-    enter, end = h.copy_(h0), h.new_empty(b, chunks, n, d)
+    """y, the last h and the states kept for the backward. h0 and h are (b, n, d), A is (n, d)."""
+    x, dt, A, B, C, D, bias, z, reset = inputs = contiguous(*inputs)
+    b, n, d = h0.shape
+    chunks, chunk, keep = cut_time(x)
+    sizes = dict(l=x.shape[1], chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
+    y, h, kept = empty_outputs(h0, x)
+    h.copy_(h0)
+    start = h
     if chunks > 1:
-        enter, decay = h.new_empty(end.shape), h.new_empty(end.shape)
-        launch(scan_kernel, b * chunks, d, *inputs, None, None, None, None, enter, decay, **sizes)
-        launch(carry_kernel, b, n * d, h, decay, enter, chunks, n * d, False)
-    launch(scan_kernel, b * chunks, d, *inputs, None, enter, y, kept, end, None, **sizes)
-    return y, h.copy_(end[:, -1]), kept
+        start = h.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
+        decay = h.new_empty(b, chunks, n, d)
+        launch(reduce_kernel, b * chunks, d, x, dt, A, B, bias, reset, decay, start, **sizes)
+        launch(carry_kernel, b, n * d, h, decay, start, chunks, n * d, False)
+    launch(scan_kernel, b * chunks, d, *inputs, start, y, kept, h, keep=keep, **sizes)
+    return y, h, kept
 
 
 @scan.register_fake
 def empty_outputs(h0, x, *_):
+    b, n, d = h0.shape
     chunks, chunk, keep = cut_time(x)
-    kept = h0.new_empty(len(x), chunks * chunk // keep, *h0.shape[1:])
+    kept = h0.new_empty(b, chunks * chunk // keep, n, d)
     return x.new_empty(x.shape), h0.new_empty(h0.shape), kept
 
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
                          schema=f"(Tensor dy, Tensor dh, Tensor kept, {INPUTS}) -> Tensor[]")
 def scan_backward(dy, dh, kept, *inputs):
-    """The gradients of h0 and of the first eight inputs, or seven without z."""
-    dy, *inputs = (t if t is None else t.contiguous() for t in (dy, *inputs))
-    dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads = empty_grads(dy, dh, kept, *inputs)
-    (b, l, d), n, (*_, chunk) = dy.shape, dh.shape[1], cut_time(dy)
-    total, tiles = triton.cdiv(l, chunk), triton.cdiv(d, CHANNELS)
-    bytes_a_chunk = 4 * b * chunk * n * (d // STEPS + 2 * tiles)           # a state a block; sums for dB, dC
-    group = max(1, SCRATCH // max(1, bytes_a_chunk))
+    """The gradients of h0 and of the inputs, without those of reset and of a z that is None."""
+    dy, *inputs = contiguous(dy, *inputs)
+    grads = empty_grads(dy, dh, kept, *inputs)
+    dh0, dx, ddt, dA, dB, dC, dD, dbias = grads[:8]
     dh0.copy_(dh)
-    new, sums = kept.new_empty, 0
-    for k in reversed(range(0, total, group)):
-        since, chunks = k * chunk, min(group, total - k)
-        sizes = dict(l=l, since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
-        enter = kept[:, k:k + chunks].contiguous()                         # (b, chunks, n, d)
-        blocks, local, decay = new(b, chunks * chunk // STEPS, n, d), new(enter.shape), new(enter.shape)
-        dBC, part = new(b, chunks, tiles, chunk, 2, n), new(b, chunks, n + 2, d)
-        launch(scan_kernel, b * chunks, d, *inputs, dy, enter, *(dz or [None]), blocks, local, decay,
-               keep=STEPS, **sizes)
-        launch(carry_kernel, b, n * d, dh0, decay, local, chunks, n * d, True)
-        launch(adjoint_kernel, b * chunks, d, *inputs, dy, blocks, local, dx, ddt, dBC, part, **sizes)
-        now = slice(since, since + chunks * chunk)
-        dB[:, now], dC[:, now] = dBC.sum(2).flatten(1, 2)[:, :dB.shape[1] - since].unbind(2)
-        sums = sums + part.sum((0, 1))                                     # (n + 2, d)
-        del enter, blocks, local, decay, dBC, part                         # free again for the next group
-    for grad, value in ((dA, sums[:n]), (dD, sums[n]), (dbias, sums[n + 1])):
-        grad.copy_(value)
+    for sum_of_chunks in (dA, dD, dbias):
+        sum_of_chunks.zero_()
+    b, n, d = dh.shape
+    _, _, chunk = cut_time(dy)
+    blocks_bytes = 4 * b * chunk // STEPS * n * d
+    sums_bytes = 4 * b * chunk * triton.cdiv(d, CHANNELS) * n * 2
+    group = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
+    for k in reversed(range(0, kept.shape[1], group)):
+        backward_chunks(k * chunk, chunk, kept[:, k:k + group].contiguous(), dy, inputs, grads)
     return grads
+
+
+def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
+    """The backward of the chunks that begin at step `since` with the states `start`."""
+    dh0, dx, ddt, dA, dB, dC, dD, dbias = grads[:8]
+    dz = grads[8] if len(grads) > 8 else None
+    b, chunks, n, d = start.shape
+    rows = b * chunks
+    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
+    blocks = start.new_empty(b, chunks * chunk // STEPS, n, d)
+    decay = start.new_empty(b, chunks, n, d)
+    local = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
+    launch(replay_kernel, rows, d, *inputs, start, dy, dz, blocks, decay, local, **sizes)
+    launch(carry_kernel, b, n * d, dh0, decay, local, chunks, n * d, True)
+    dBs = start.new_empty(b, chunks, triton.cdiv(d, CHANNELS), chunk, n)
+    dCs = torch.empty_like(dBs)
+    dAs = start.new_empty(b, chunks, n, d)
+    dDs = start.new_empty(b, chunks, d)
+    dbiases = start.new_empty(b, chunks, d)
+    launch(adjoint_kernel, rows, d, *inputs, dy, blocks, local,
+           dx, ddt, dBs, dCs, dAs, dDs, dbiases, **sizes)
+    end = min(dy.shape[1], since + chunks * chunk)
+    dB[:, since:end] = dBs.sum(2).flatten(1, 2)[:, :end - since]
+    dC[:, since:end] = dCs.sum(2).flatten(1, 2)[:, :end - since]
+    dA += dAs.sum((0, 1))
+    dD += dDs.sum((0, 1))
+    dbias += dbiases.sum((0, 1))
 
 
 @scan_backward.register_fake
@@ -302,49 +512,60 @@ def empty_grads(dy, dh, kept, *inputs):
     return [t.new_empty(t.shape) for t in (dh, *inputs[:-1]) if t is not None]
 
 
-def backward(ctx, dy, dh, _):
+def setup_context(ctx, inputs, output):
+    y, h, kept = output
+    ctx.save_for_backward(kept, *inputs[1:])        # h0 is in kept
+
+
+def backward(ctx, dy, dh, dkept):
     grads = scan_backward(dy, dh, *ctx.saved_tensors)
-    return *grads, *[None] * (10 - len(grads))
+    return *grads, *[None] * (10 - len(grads))      # z, if it is None, and reset
 
 
-scan.register_autograd(backward, setup_context=lambda ctx, inputs, output:
-                       ctx.save_for_backward(output[2], *inputs[1:]))
+scan.register_autograd(backward, setup_context=setup_context)
 
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",),
                          schema=f"(Tensor(a!) h, {INPUTS}) -> Tensor")
 def step(h, *inputs):
-    """One token: returns y (b, 1, d) and overwrites the state h. Here h is (b, d, n) and A (d, n)."""
+    """One token: returns y (b, 1, d) and overwrites the state h, (b, d, n). Here A is (d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
-    x, *rest = (t if t is None else t.contiguous() for t in inputs)
-    (b, d, n), y = h.shape, x.new_empty(x.shape)
-    launch(scan_kernel, b, d, x, *rest, None, h, y, None, h, None,
-           l=1, since=0, chunk=1, chunks=1, keep=1, d=d, n=n, STEPS=1)
+    b, d, n = h.shape
+    inputs = contiguous(*inputs)
+    y = empty_step(h, *inputs)
+    launch(step_kernel, b, d, *inputs, h, y, d=d, n=n)
     return y
 
 
-step.register_fake(lambda h, x, *_: x.new_empty(x.shape))
+@step.register_fake
+def empty_step(h, x, *_):
+    return x.new_empty(x.shape)
 
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
                    reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, and the last state h (b, d, n) in fp32."""
+    """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, the last h (b, d, n) in fp32."""
     if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):
-        raise ValueError(f'the Triton scan needs CUDA tensors and x is on {x.device}: use backend="auto", or '
-                         "set TRITON_INTERPRET=1 before Python starts, which runs it on the CPU, slowly")
-    D, dt_bias = (A.new_zeros(len(A)) if v is None else v for v in (D, dt_bias))
-    h0 = A.new_zeros(len(x), *A.shape) if h0 is None else h0
-    reset = None if reset is None else reset * ENDLESS
-    if x.shape[1] == 1 and not torch.is_grad_enabled():                    # decoding
+        raise ValueError(f"the Triton scan needs CUDA tensors and x is on {x.device}: use "
+                         'backend="auto", or set TRITON_INTERPRET=1 before Python starts, which '
+                         "runs it on the CPU, slowly")
+    b, l, d = x.shape
+    if D is None:
+        D = A.new_zeros(d)
+    if dt_bias is None:
+        dt_bias = A.new_zeros(d)
+    if h0 is None:
+        h0 = A.new_zeros(b, *A.shape)
+    if l == 1 and not torch.is_grad_enabled():      # decoding
         h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return step(h, x, dt, A, B, C, D, dt_bias, z, reset), h
-    B, C = (torch.nn.functional.pad(v.float(), (0, 0, 0, -x.shape[1] % STEPS)) for v in (B, C))
-    y, h, _ = scan(h0.float().mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)     # in there states lie (n, d)
+    A, B, C, D, dt_bias, h0 = (v.float() for v in (A, B, C, D, dt_bias, h0))
+    y, h, _ = scan(h0.mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)
     return y, h.mT.contiguous()
 
 
 if __name__ == "__main__":
-    from tests.triton_report import main    # compiles the kernels above and counts their instructions
+    from tests.triton_report import main
     main()

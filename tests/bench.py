@@ -13,33 +13,46 @@ and C, and transformers calls its own on a GPU.
 """
 import argparse
 import importlib.metadata
-import importlib.util
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import platform
+import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# peer -> its packages: name to import, name to install. A dash joins a peer and the way it is run.
-PEERS = {"generate": {"ours": {}, "ours, --compile": {}, "transformers": {"transformers": "transformers"},
-                      "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}},
-         "training": {"ours": {},
-                      "transformers, mambapy": {"transformers": "transformers", "mambapy": "mambapy"}},
-         "length": {"ours": {}, "attention": {"transformers": "transformers"}}}
-FULL = dict(generate=dict(d_model=768, n_layer=24, vocab_size=65024), prompt=512, written=32, rounds=8,
-            training=dict(d_model=256, n_layer=4, vocab_size=257), batch=8, context=256,
-            lengths=[128, 512, 2048, 8192, 32768])
-QUICK = dict(generate=dict(d_model=32, n_layer=2, vocab_size=300), prompt=16, written=4, rounds=2,
-             training=dict(d_model=32, n_layer=2, vocab_size=257), batch=2, context=16, lengths=[16, 64])
+# Table -> peer -> the packages that it needs, as pip calls them.
+PEERS = {
+    "generate": {"ours": [], "ours, --compile": [], "transformers": ["transformers"],
+                 "llama.cpp": ["llama-cpp-python", "gguf"]},
+    "training": {"ours": [], "transformers, mambapy": ["transformers", "mambapy"]},
+    "length": {"ours": [], "attention": ["transformers"]},
+}
+FULL = {
+    "generate": {"d_model": 768, "n_layer": 24, "vocab_size": 65024},
+    "training": {"d_model": 256, "n_layer": 4, "vocab_size": 257},
+    "prompt": 512, "written": 32, "batch": 8, "context": 256, "rounds": 8,
+    "lengths": [128, 512, 2048, 8192, 32768],
+}
+QUICK = {
+    "generate": {"d_model": 32, "n_layer": 2, "vocab_size": 300},
+    "training": {"d_model": 32, "n_layer": 2, "vocab_size": 257},
+    "prompt": 16, "written": 4, "batch": 2, "context": 16, "rounds": 2,
+    "lengths": [16, 64],
+}
 
 
-# What runs in a peer's process. Each peer is a generator: every next() is one round, and yields its figures.
+# What runs in a peer's process. torch and the peers are imported in the functions that need them, because
+# every import counts in the peak memory of the process.
 
 def memory(device: str) -> float:
     """The most that this process has held, in GB."""
@@ -48,7 +61,8 @@ def memory(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     if status.exists():     # Linux hands ru_maxrss down from the parent; this count begins with the process
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+        kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
+        return int(kilobytes) * 1024 / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
@@ -59,9 +73,19 @@ def make(folder: Path, sizes: dict) -> None:
     from mamba import Mamba, MambaConfig
     for name, dtype in ("generate", torch.bfloat16), ("training", torch.float32):
         torch.manual_seed(0)
-        Mamba(MambaConfig(**sizes[name], initializer_range=0.02)).to(dtype).save_pretrained(folder / name)
-    if importlib.util.find_spec("gguf"):
+        config = MambaConfig(**sizes[name], initializer_range=0.02)
+        Mamba(config).to(dtype).save_pretrained(folder / name)
+    if version("gguf"):
         to_gguf(folder / "generate")
+
+
+# A part of our name -> the same part of llama.cpp's, in this order.
+GGUF_NAMES = {
+    "backbone.embeddings.": "token_embd.", "backbone.norm_f.": "output_norm.", "lm_head.": "output.",
+    "backbone.layers.": "blk.", ".norm.": ".attn_norm.", ".mixer.": ".", ".in_proj.": ".ssm_in.",
+    ".conv1d.": ".ssm_conv1d.", ".x_proj.": ".ssm_x.", ".dt_proj.": ".ssm_dt.", ".out_proj.": ".ssm_out.",
+    ".A_log": ".ssm_a", ".D": ".ssm_d",
+}
 
 
 def to_gguf(folder: Path) -> None:
@@ -70,42 +94,33 @@ def to_gguf(folder: Path) -> None:
     import torch
     from mamba import Mamba
     model = Mamba.from_pretrained(folder)
-    c, file = model.config, gguf.GGUFWriter(folder / "model.gguf", "mamba")
-    file.add_context_length(2**20)
-    file.add_embedding_length(c.d_model)
-    file.add_feed_forward_length(0)
-    file.add_head_count(0)
-    file.add_block_count(c.n_layer)
-    file.add_ssm_conv_kernel(c.d_conv)
-    file.add_ssm_inner_size(c.d_inner)
-    file.add_ssm_state_size(c.d_state)
-    file.add_ssm_time_step_rank(c.dt_rank)
-    file.add_layer_norm_rms_eps(c.norm_eps)
-    file.add_ssm_dt_b_c_rms(True)               # Falcon-Mamba's three norms
-    file.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    file.add_tokenizer_model("gpt2")            # a stand-in: the bench gives and takes numbers, no text
-    file.add_tokenizer_pre("falcon")
-    file.add_token_list([f"t{i}" for i in range(c.vocab_size)])
-    file.add_token_types([1] * c.vocab_size)
-    file.add_token_merges(["t 1"])
-    file.add_bos_token_id(0)
-    file.add_eos_token_id(11)
-    names = {"backbone.embeddings.weight": "token_embd.weight", "lm_head.weight": "output.weight",
-             "backbone.norm_f.weight": "output_norm.weight"}
-    parts = {"norm.weight": "attn_norm.weight", "in_proj.weight": "ssm_in.weight", "A_log": "ssm_a",
-             "conv1d.weight": "ssm_conv1d.weight", "conv1d.bias": "ssm_conv1d.bias", "D": "ssm_d",
-             "x_proj.weight": "ssm_x.weight", "out_proj.weight": "ssm_out.weight",
-             "dt_proj.weight": "ssm_dt.weight", "dt_proj.bias": "ssm_dt.bias"}
+    c = model.config
+    file = gguf.GGUFWriter(folder / "model.gguf", "mamba")
+    settings = {
+        "context_length": 2**20, "embedding_length": c.d_model, "feed_forward_length": 0, "head_count": 0,
+        "block_count": c.n_layer, "ssm_conv_kernel": c.d_conv, "ssm_inner_size": c.d_inner,
+        "ssm_state_size": c.d_state, "ssm_time_step_rank": c.dt_rank, "layer_norm_rms_eps": c.norm_eps,
+        "ssm_dt_b_c_rms": True,         # Falcon-Mamba's three norms
+        "file_type": gguf.LlamaFileType.MOSTLY_BF16,
+        # A stand-in for a tokenizer: the bench gives and takes numbers, no text.
+        "tokenizer_model": "gpt2", "tokenizer_pre": "falcon", "bos_token_id": 0, "eos_token_id": 11,
+        "token_list": [f"t{i}" for i in range(c.vocab_size)], "token_types": [1] * c.vocab_size,
+        "token_merges": ["t 1"],
+    }
+    for name, value in settings.items():
+        getattr(file, f"add_{name}")(value)
     for name, p in model.named_parameters():
-        if name.startswith("backbone.layers."):
-            layer, _, part = name.removeprefix("backbone.layers.").partition(".")
-            names[name] = f"blk.{layer}.{parts[part.removeprefix('mixer.')]}"
-        p = -torch.exp(p.detach().float()) if name.endswith("A_log") else p.detach().squeeze()
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        p = p.detach()
+        if name.endswith("ssm_a"):
+            p = -torch.exp(p.float())           # A itself, not its logarithm
+        p = p.squeeze()                         # of the convolution's three dimensions they have two
         if p.dim() == 2 and p.dtype == torch.bfloat16:
             raw = p.contiguous().view(torch.uint8).numpy()
-            file.add_tensor(names[name], raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            file.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            file.add_tensor(names[name], p.float().contiguous().numpy())
+            file.add_tensor(name, p.float().contiguous().numpy())
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
@@ -117,66 +132,76 @@ def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
     return torch.randint(12, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def ours(folder: Path, device: str):
-    """A writer: the tokens after a prompt, likeliest first, as an iterator."""
+# Writers: each loads the model and returns a function, from a prompt to an iterator over the tokens that
+# follow it, likeliest first.
+
+def ours(folder: Path, device: str, threads: int, compiled: bool = False):
     import torch
     from mamba import Mamba
-    from sample import generate
+    from sample import compile_blocks, generate
     model = Mamba.from_pretrained(folder, device)
-    return lambda prompt, count: map(int, generate(model, torch.tensor([prompt], device=device), count, 0))
+    if compiled:
+        compile_blocks()
+
+    def write(prompt, count):
+        for token in generate(model, torch.tensor([prompt], device=device), count, 0):
+            yield token.item()
+    return write
 
 
-def ours_compiled(folder: Path, device: str):
-    from sample import compile_blocks
-    compile_blocks()
-    return ours(folder, device)
-
-
-def reference(folder: Path, device: str):
+def reference(folder: Path, device: str, threads: int):
     import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
 
     @torch.inference_mode()
     def write(prompt, count):
-        cache, now = None, torch.tensor([prompt], device=device)
+        cache = None
+        tokens = torch.tensor([prompt], device=device)
         for _ in range(count):
-            out = model(now, cache_params=cache, use_cache=True, logits_to_keep=1)
-            cache, now = out.cache_params, out.logits[:, -1:].argmax(-1)
-            yield now.item()
+            out = model(tokens, cache_params=cache, use_cache=True, logits_to_keep=1)
+            cache = out.cache_params
+            tokens = out.logits[:, -1:].argmax(-1)
+            yield tokens.item()
     return write
 
 
-def llama_cpp(folder: Path, threads: int):
-    import ctypes
-    import numpy as np
+def llama_cpp(folder: Path, device: str, threads: int):
     import llama_cpp
+    import numpy as np
     llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=4096, n_batch=512, n_threads=threads,
                             n_threads_batch=threads, verbose=False)
+    size = llama.n_vocab()
 
     def write(prompt, count):
         llama.reset()
         for _ in range(count):
             llama.eval(prompt)
             logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-            prompt = [int(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).argmax())]
-            yield prompt[0]
+            token = int(np.ctypeslib.as_array(logits, shape=(size,)).argmax())
+            yield token
+            prompt = [token]
     return write
 
 
+WRITERS = {"ours": ours, "ours, --compile": partial(ours, compiled=True), "transformers": reference,
+           "llama.cpp": llama_cpp}
+
+
+# Tables: each is a generator. Every next() is one round, and yields its figures.
+
 def generating(peer: str, folder: Path, sizes: dict, device: str, threads: int):
-    folder = folder / "generate"
-    write = llama_cpp(folder, threads) if peer == "llama.cpp" else {
-        "ours": ours, "ours, --compile": ours_compiled, "transformers": reference}[peer](folder, device)
-    for seed in range(10**6):
+    write = WRITERS[peer](folder / "generate", device, threads)
+    for seed in itertools.count():
         prompt = tokens(sizes["prompt"], seed, sizes["generate"]["vocab_size"])
-        times, made = [time.perf_counter()], []
+        times = [time.perf_counter()]
+        made = []
         for token in write(prompt, sizes["written"] + 1):
             times.append(time.perf_counter())
             made.append(token)
-        steps = [b - a for a, b in zip(times[1:], times[2:])]
-        yield {"prefill": len(prompt) / (times[1] - times[0]), "decode": 1 / statistics.median(steps),
-               "first": made[0]}
+        prefill = len(prompt) / (times[1] - times[0])
+        decode = 1 / statistics.median(b - a for a, b in pairwise(times[1:]))
+        yield {"prefill": prefill, "decode": decode, "first": made[0]}
 
 
 def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
@@ -192,11 +217,11 @@ def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
             layer.mixer.use_mambapy = True
     adam = torch.optim.AdamW(model.parameters())
     shape = sizes["batch"], sizes["context"] + 1
-    for seed in range(10**6):
-        text = torch.tensor(tokens(shape[0] * shape[1], seed, 257)).view(shape).to(device)
+    for seed in itertools.count():
+        text = torch.tensor(tokens(math.prod(shape), seed, 257)).view(shape).to(device)
         start = time.perf_counter()
-        logits = model(text[:, :-1])
-        logits = logits[0] if peer == "ours" else logits.logits
+        out = model(text[:, :-1])
+        logits = out[0] if peer == "ours" else out.logits
         loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
         loss.backward()
         adam.step()
@@ -206,150 +231,185 @@ def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
 
 def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     """A round is one length: the milliseconds of a token there, and the MB that are kept of the text."""
-    import torch
-    from mamba import Mamba, MambaConfig
-    from sample import generate
-    c, count, state, seen = MambaConfig(**sizes["generate"]), sizes["written"] + 1, None, 0
-
-    def timed(steps):
+    after = after_a_text if peer == "ours" else after_keys_and_values
+    for now, (steps, kept) in zip(sizes["lengths"], after(folder / "generate", sizes, device)):
         times = [time.perf_counter() for _ in steps]
-        return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:]))
-    if peer == "ours":
-        model = Mamba.from_pretrained(folder / "generate", device)
-
-        def steps(text):
-            nonlocal state
-            state = yield from generate(model, text, count, 0, state=state)
-    else:                   # as many weights, in half as many layers
-        from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-        llama = LlamaConfig(hidden_size=c.d_model, intermediate_size=c.d_model * 8 // 3,
-                            num_hidden_layers=c.n_layer // 2, num_attention_heads=c.d_model // 32,
-                            vocab_size=c.vocab_size, max_position_embeddings=2**20)
-        model = LlamaForCausalLM(llama).bfloat16().eval().to(device)
-    for now in sizes["lengths"]:
-        if peer == "ours":  # each text is the one before it, read on from its state
-            text = torch.tensor([tokens(now - seen, now, c.vocab_size)], device=device)
-            ms = timed(steps(text))
-            kept, seen = [*state.conv, *state.ssm], now + count - 1
-        else:               # keys and values of any numbers cost the same, so no text need be read
-            shape = 1, llama.num_key_value_heads, now, llama.head_dim
-            keys = torch.randn(shape, device=device).bfloat16()
-            cache = DynamicCache(config=llama)
-            for layer in range(llama.num_hidden_layers):
-                cache.update(keys, keys, layer)
-            kept = [keys] * 2 * llama.num_hidden_layers
-
-            @torch.inference_mode()
-            def steps(token=torch.zeros(1, 1, dtype=torch.int64, device=device)):
-                for _ in range(count):
-                    token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-                    yield token.item()
-            ms = timed(steps())
-        yield {"tokens": now, "ms": ms, "state_mb": sum(v.numel() * v.element_size() for v in kept) / 1e6}
+        ms = 1e3 * statistics.median(b - a for a, b in pairwise(times))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        yield {"tokens": now, "ms": ms, "state_mb": size / 1e6}
 
 
-def worker(job: str, peer: str, folder: Path, sizes: dict, device: str, threads: int) -> None:
-    """Load, say so, then a round for every line that comes in."""
+def after_a_text(folder: Path, sizes: dict, device: str):
+    """For each length: an iterator that writes tokens after so many others, and what is kept of these."""
     import torch
+    from mamba import Mamba
+    from sample import generate
+    model = Mamba.from_pretrained(folder, device)
+    state = model.blank_state(1)        # as large as any other
+    for now in sizes["lengths"]:
+        text = torch.tensor([tokens(now, now, model.config.vocab_size)], device=device)
+        yield generate(model, text, sizes["written"] + 1, 0), [*state.conv, *state.ssm]
+
+
+def after_keys_and_values(folder: Path, sizes: dict, device: str):
+    """The same of a Llama with as many weights, in half as many layers."""
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    ours = sizes["generate"]
+    width = ours["d_model"]
+    config = LlamaConfig(hidden_size=width, intermediate_size=width * 8 // 3,
+                         num_hidden_layers=ours["n_layer"] // 2, num_attention_heads=width // 32,
+                         vocab_size=ours["vocab_size"], max_position_embeddings=2**20)
+    model = LlamaForCausalLM(config).bfloat16().eval().to(device)
+
+    @torch.inference_mode()
+    def write(cache):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        for _ in range(sizes["written"] + 1):
+            token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            yield token.item()
+    for now in sizes["lengths"]:    # keys and values of any numbers cost the same, so no text need be read
+        keys = torch.randn(1, config.num_key_value_heads, now, config.head_dim, device=device).bfloat16()
+        cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            cache.update(keys, keys, layer)
+        yield write(cache), [keys] * 2 * config.num_hidden_layers
+
+
+def worker(pipe, job: str, peer: str, *settings) -> None:
+    """Load, then a round for every "next" that comes in."""
+    import torch
+    folder, sizes, device, threads = settings
     torch.set_num_threads(threads)
     if job == "make":
-        return make(folder, sizes)
-    measured = {"generate": generating, "training": training, "length": length}[job]
-    rounds = measured(peer, folder, sizes, device, threads)
-    answers = sys.stdout
-    sys.stdout = sys.stderr         # what libraries print is no answer
-    for _ in sys.stdin:
-        row = next(rounds)
-        print(json.dumps({"peer": peer, **row, "gb": memory(device)}), file=answers, flush=True)
+        return pipe.send(make(folder, sizes))
+    rounds = {"generate": generating, "training": training, "length": length}[job](peer, *settings)
+    while pipe.recv() == "next":
+        pipe.send(next(rounds) | {"gb": memory(device)})
 
 
-# What runs in the process that was started: it imports no torch, and only asks.
+# What runs in the process that was started: it only asks.
 
 def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
-    """Every round of every peer: {job: [figures]}."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                                "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-
-    def start(job, peer, **pipes):
-        settings = json.dumps([job, peer, str(folder), sizes, device, threads])
-        command = [sys.executable, __file__, "--worker", settings]
-        return subprocess.Popen(command, text=True, env=environment, **pipes)
+    """Every round of every peer: table -> peer -> its figures."""
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+                   "TRANSFORMERS_VERBOSITY": "error"}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        if start("make", "").wait():
-            raise SystemExit("bench.py: the models could not be made; the reason stands above")
+        settings = Path(folder), sizes, device, threads
+        begin("make", "", *settings).recv()
         for job in jobs:
-            here = {}
-            for peer, packages in PEERS[job].items():
-                if missing := [packages[name] for name in packages if not importlib.util.find_spec(name)]:
-                    print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
-                elif peer == "llama.cpp" and device != "cpu":
-                    print("without llama.cpp: its package is built for the CPU", file=sys.stderr)
-                else:
-                    here[peer] = start(job, peer, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            found[job] = []
-            # The first round warms up, compiles and is not counted. A length needs no second.
-            counted = [False] + [True] * sizes["rounds"]
-            if job == "length":
-                counted = [True] * len(sizes["lengths"])
-            for counts in counted:
-                for peer, process in here.items():
-                    process.stdin.write("\n")
-                    process.stdin.flush()
-                    if not (answer := process.stdout.readline()):
-                        raise SystemExit(f"bench.py: {peer} ended early; the reason stands above")
-                    found[job] += [json.loads(answer)] * counts
-            for process in here.values():
-                process.stdin.close()
-                process.wait()
+            peers = {peer: begin(job, peer, *settings) for peer in PEERS[job] if usable(job, peer, device)}
+            found[job] = {peer: [] for peer in peers}
+            rounds = len(sizes["lengths"]) if job == "length" else 1 + sizes["rounds"]
+            for _ in range(rounds):
+                for peer, pipe in peers.items():
+                    pipe.send("next")
+                    found[job][peer].append(pipe.recv())
+            for peer, pipe in peers.items():
+                pipe.send("end")
+                if job != "length":
+                    del found[job][peer][0]     # the first round warms up and compiles
+            for process in multiprocessing.active_children():
+                process.join()
     return found
+
+
+def begin(job: str, peer: str, *settings):
+    """Start a peer's process -> our end of the pipe to it."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    spawn.Process(target=worker, name=peer, args=(theirs, job, peer, *settings), daemon=True).start()
+    theirs.close()      # so that the pipe breaks when the process ends
+    return ours
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def usable(job: str, peer: str, device: str) -> bool:
+    """Whether this peer can run here; says why not."""
+    missing = [package for package in PEERS[job][peer] if not version(package)]
+    if missing:
+        print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
+        return False
+    if peer == "llama.cpp" and device != "cpu":
+        print("without llama.cpp: its package is built for the CPU", file=sys.stderr)
+        return False
+    return True
 
 
 def machine(threads: int, device: str) -> str:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        name = next((row.split(":")[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines()
-                     if row.startswith("model name")), name)
-    installed = {package: importlib.metadata.version(package) for package in (
-        "torch", "transformers", "mambapy", "llama-cpp-python") if package in
-        {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()}}
-    return f"{name}, {threads} threads, {device}; " + ", ".join(f"{k} {v}" for k, v in installed.items())
+        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+        name = found[1] if found else name
+    packages = ["torch", "transformers", "mambapy", "llama-cpp-python"]
+    versions = [f"{package} {version(package)}" for package in packages if version(package)]
+    return f"{name}, {threads} threads, {device}; {', '.join(versions)}"
 
 
-def table(head: list[str], rows: list[list]) -> str:
+def vectors() -> str:
+    """Which vector instructions the CPU has: figures of CPUs that have others cannot be compared."""
+    import torch
+    kinds = "avx", "amx", "fma", "f16c", "neon", "asimd", "sve", "sme", "bf16", "i8mm", "vsx", "rvv"
+    has = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
+    return ", ".join(sorted(name for name in has if name.startswith(kinds))) or "none that PyTorch knows"
+
+
+# What it prints, and the README shows.
+
+COLUMNS = {
+    "generate": {"prefill": "reads, tokens/s (over ours)", "decode": "writes, tokens/s (over ours)"},
+    "training": {"seconds": "a step, s (over ours)"},
+}
+
+
+def middle(rounds: list[dict], name: str) -> float:
+    return statistics.median(row[name] for row in rounds)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
     """As Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def tables(found: dict) -> dict[str, str]:
     """The figures as the README shows them: medians over rounds, and ours over theirs."""
     made = {}
-    for job, columns in ("generate", {"prefill": "reads, tokens/s (over ours)",
-                                                 "decode": "writes, tokens/s (over ours)"}), (
-            "training", {"seconds": "a step, s (over ours)"}):
-        if job not in found:
-            continue
-        peers = list(dict.fromkeys(row["peer"] for row in found[job]))
-        middle = {peer: {name: statistics.median(row[name] for row in found[job] if row["peer"] == peer)
-                         for name in (*columns, "gb")} for peer in peers}
+    for job, columns in COLUMNS.items():
         rows = []
-        for peer in peers:
+        for peer, rounds in found.get(job, {}).items():
             cells = [peer]
             for name in columns:
-                value, own = middle[peer][name], middle["ours"][name]
-                cells.append(f"{value:.2f}" if name == "seconds" else f"{value:.1f}")
-                cells[-1] += f" ({value / own:.2g})" if peer != "ours" else ""
-            rows.append([*cells, f"{middle[peer]['gb']:.2f}"])
-        made[job] = table(["", *columns.values(), "peak memory, GB"], rows)
+                value = middle(rounds, name)
+                ratio = value / middle(found[job]["ours"], name)
+                words = f"{value:.2f}" if name == "seconds" else f"{value:.1f}"
+                cells.append(words if peer == "ours" else f"{words} ({ratio:.2g})")
+            rows.append([*cells, f"{middle(rounds, 'gb'):.2f}"])
+        if rows:
+            made[job] = table(["", *columns.values(), "peak memory, GB"], rows)
     if "length" in found:
-        peers = list(dict.fromkeys(row["peer"] for row in found["length"]))
-        figures = "ms a token", "MB kept"
-        head = ["tokens before it", *(f"{peer}: {figure}" for peer in peers for figure in figures)]
-        rows = {}
-        for row in found["length"]:
-            rows.setdefault(row["tokens"], []).extend([f"{row['ms']:.1f}", f"{row['state_mb']:.1f}"])
-        made["length"] = table(head, [[f"{tokens:,}", *cells] for tokens, cells in rows.items()])
+        head = ["tokens before it"]
+        columns = [[f"{row['tokens']:,}" for row in found["length"]["ours"]]]
+        for peer, rounds in found["length"].items():
+            head += [f"{peer}: ms a token", f"{peer}: MB kept"]
+            columns.append([f"{row['ms']:.1f}" for row in rounds])
+            columns.append([f"{row['state_mb']:.1f}" for row in rounds])
+        made["length"] = table(head, [*zip(*columns)])
     return made
+
+
+def compare(rounds: dict[str, list[dict]], name: str, words: str, tolerance: float) -> None:
+    """It was the same model, or the times mean nothing."""
+    for peer in rounds:
+        pairs = [(a[name], b[name]) for a, b in zip(rounds["ours"], rounds[peer])]
+        same = sum(abs(a - b) <= tolerance * abs(a) for a, b in pairs)
+        print(f"{peer}: {words} as ours in {same} of {len(pairs)} rounds")
 
 
 def main() -> None:
@@ -360,14 +420,11 @@ def main() -> None:
     add("--threads", type=int, default=os.cpu_count(), help="of each peer (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default %(default)s)")
     add("--save", type=Path, help="a JSON file for the figures; those of other tables in it stay")
-    add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        job, peer, folder, *rest = json.loads(args.worker)
-        return worker(job, peer, Path(folder), *rest)
-    if unknown := {*args.tables} - {*PEERS}:
+    unknown = {*args.tables} - {*PEERS}
+    if unknown:
         parser.error(f"there is no table {', '.join(sorted(unknown))}, only {', '.join(PEERS)}")
-    import torch        # here, as not every worker needs it, and it takes memory
+    import torch
     if args.threads < 1:
         parser.error(f"--threads is {args.threads}, but must be 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -375,17 +432,17 @@ def main() -> None:
     if args.save and not args.save.absolute().parent.is_dir():
         parser.error(f"--save {args.save} is in no folder; make {args.save.parent} first")
     found = {"machine": machine(args.threads, args.device)}
-    found |= measure(args.tables or [*PEERS], QUICK if args.quick else FULL, args.device, args.threads)
+    sizes = QUICK if args.quick else FULL
+    try:
+        found |= measure(args.tables or [*PEERS], sizes, args.device, args.threads)
+    except (EOFError, ConnectionError):     # a pipe without a process at its other end
+        raise SystemExit("bench.py: a peer ended early; the reason stands above") from None
     print(found["machine"])
+    print(f"vector instructions: {vectors()}")
     for job, text in tables(found).items():
         print(f"\n{job}\n{text}")
-    # It was the same model, or the times mean nothing.
-    for job, name, words in ("generate", "first", "first token"), ("training", "loss", "loss"):
-        own = [row[name] for row in found.get(job, []) if row["peer"] == "ours"]
-        for peer in dict.fromkeys(row["peer"] for row in found.get(job, [])):
-            theirs = [row[name] for row in found[job] if row["peer"] == peer]
-            same = sum(a == b if name == "first" else abs(a - b) < 1e-3 * abs(a) for a, b in zip(own, theirs))
-            print(f"{peer}: {words} as ours in {same} of {len(own)} rounds")
+    compare(found.get("generate", {}), "first", "first token", 0)
+    compare(found.get("training", {}), "loss", "loss", 1e-3)
     if args.save:
         old = json.loads(args.save.read_text()) if args.save.exists() else {}
         args.save.write_text(json.dumps(old | found, indent=1) + "\n")

@@ -7,6 +7,7 @@ import argparse
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,10 +48,7 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def call(pristine, tmp_path, monkeypatch, capsys):
     """call(*flags) runs the program beside a `model` and a `state` -> exit status, output, and last words."""
-    for path in pristine.rglob("*.*"), [pristine / "state"]:
-        for file in path:
-            (tmp_path / file.relative_to(pristine)).parent.mkdir(exist_ok=True)
-            (tmp_path / file.relative_to(pristine)).write_bytes(file.read_bytes())
+    shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
@@ -103,7 +101,7 @@ FLAGS = {
     "--prompt a --device warp9": "'warp9' is not usable here", "--prompt a --device=": "'' is not usable here",
     "--prompt a --device cuda:99": "try cpu", "--prompt a --device cpu:-1": "try cpu",
     "--prompt a --device meta": "'meta' is not usable", "--prompt a --device xla": "try cpu",
-    "--prompt a --device mkldnn": "try cpu", "--prompt a --device hpu": "try cpu",
+    "--prompt a --device hpu": "try cpu",
     "--prompt a --prompt b --save-state kept": "one text, but there are 2 prompts",
     "--prompt a --num-samples 2 --save-state kept": "--num-samples is 2",
     "--load-state state --prompt a --prompt b": "one text, but there are 2 prompts",
@@ -147,7 +145,7 @@ FILES = [
       for dtype in (torch.int32, torch.bool, torch.complex64)],
     *[("state", {name: torch.full(shape, NAN)}, "state is damaged: not all of its numbers are finite")
       for name, shape in (("conv", (2, 1, 3, 32)), ("ssm", (2, 1, 32, 4)))],
-    *[("state", {"last": torch.tensor([1, token])}, f"damaged: its last tokens [1, {token}] are none of the 257")
+    *[("state", {"last": torch.tensor([1, token])}, f"damaged: not all its last tokens are numbers from 0 to 256: [1, {token}]")
       for token in (-1, 257, 2**62, -2**63)],
     *[("state", {"last": last}, "its last tokens")
       for last in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.ones(0, dtype=torch.int64))],
@@ -207,18 +205,12 @@ def test_what_this_machine_lacks_is_named(refused, monkeypatch):
 
 def test_a_gpu_without_the_compiler_that_triton_starts_with_is_a_sentence(monkeypatch):
     triton = pytest.importorskip("triton")
-
-    class Driver:
-        @property
-        def active(self):
-            raise RuntimeError("Failed to find C compiler")
     number = SimpleNamespace(item=float, is_cuda=True, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: number)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(triton.runtime, "driver", Driver())
-    with pytest.raises(argparse.ArgumentTypeError) as error:
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace())
+    with pytest.raises(argparse.ArgumentTypeError, match="has no attribute 'active'.*; try cpu"):
         sample.device("cuda")
-    assert_sentence(str(error.value), "C compiler", "try cpu")
 
 
 def test_numbers_that_are_not_finite_and_memory_that_is_full_end_in_a_sentence(call, monkeypatch):
@@ -248,20 +240,17 @@ def test_closed_standard_error_does_not_change_the_text(call, monkeypatch):
     assert status == 0 and "GB of weights" not in out and "loading" not in out
 
 
-def shell(pristine, flags, after, tmp_path):
-    command = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt a {flags} {after}"
-    return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path)
-
-
 @pytest.mark.parametrize("flags, after, status, says", [
     ("", "| head -c 1", 0, "loaded in"),
     ("--save-state kept", "| head -c 1", 1, "sample.py: the text's reader left early; "),
     ("", "> /dev/full", 1, "sample.py: [Errno 28]")])
 def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, says):
-    ended = shell(pristine, f"{flags} --max-new-tokens 3000", after, tmp_path)
+    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt a {flags}"
+    command = ["bash", "-o", "pipefail", "-c", f"{line} --max-new-tokens 3000 {after}"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     last = ended.stderr.splitlines()[-1]
-    assert ended.returncode == status and says in last and "rror" not in last.replace("[Errno", "")
-    assert not [*tmp_path.iterdir()]
+    assert ended.returncode == status and says in last and not [*tmp_path.iterdir()]
+    assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_on(tmp_path):

@@ -1,6 +1,6 @@
 """The model: equal to the reference, to itself in pieces, and to what it saved."""
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from mamba import Mamba, MambaConfig, State
 
 GOLDEN = Path(__file__).parent / "golden"      # by make_golden.py, with transformers
-REFERENCE = "pip install transformers to compare with the reference"
+NEAR = dict(rtol=1e-4, atol=1e-4)
 TINY = dict(vocab_size=101, d_model=16, n_layer=3, d_state=5, d_conv=4, dt_rank=3)
 
 
@@ -25,7 +25,7 @@ def tiny(seed=0, **changes):
     return model
 
 
-def tokens(*shape, seed=0):
+def draw(*shape, seed=0):
     return torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -36,82 +36,87 @@ def test_logits_are_those_that_the_reference_gave_once(step):
     model, golden, state = Mamba.from_pretrained(GOLDEN), load_file(GOLDEN / "logits.safetensors"), None
     for tokens, logits in zip(golden["tokens"].split(step, 1), golden["logits"].split(step, 1)):
         ours, state = model(tokens, state)
-        assert_close(ours, logits, rtol=1e-4, atol=1e-4)
+        assert_close(ours, logits, **NEAR)
 
 
+def reference(model, folder):
+    """The same model as transformers loads it."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers to compare")
+    model.save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"bias": True, "conv_bias": False},
                                      {"d_inner": 24, "d_conv": 2, "mixer_norm_eps": 1e-2}])
 def test_transformers_loads_what_we_save_and_agrees(tmp_path, changes):
-    transformers = pytest.importorskip("transformers", reason=REFERENCE)
-    model = tiny(**changes)
-    model.save_pretrained(tmp_path)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    x = tokens(2, 37)
-    with torch.no_grad():
-        assert_close(model(x)[0], reference(x).logits, rtol=1e-4, atol=1e-4)
+    model, x = tiny(**changes), draw(2, 37)
+    assert_close(model(x)[0], reference(model, tmp_path).eval()(x).logits, **NEAR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_it_in_the_dtype_that_we_saved(tmp_path, dtype):
+    assert reference(tiny().to(dtype), tmp_path).dtype == dtype
 
 
 def test_gradients_agree_with_the_reference(tmp_path):
-    transformers = pytest.importorskip("transformers", reason=REFERENCE)
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).train()
-    x = tokens(2, 20)
+    model, x = tiny(), draw(2, 20)
+    theirs = reference(model, tmp_path).train()
     model(x)[0].logsumexp(-1).sum().backward()
-    reference(x).logits.logsumexp(-1).sum().backward()
-    theirs = dict(reference.named_parameters())
+    theirs(x).logits.logsumexp(-1).sum().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in model.named_parameters():
-        expected = theirs[name].grad
-        assert_close(p.grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item(), msg=name)
+        near = 1e-3 * expected[name].abs().max().item()
+        assert_close(p.grad, expected[name], rtol=1e-3, atol=near, msg=name)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[1] * 23, [22, 1], [1, 22], [2, 3, 18], [17, 6]])
 def test_reading_in_pieces_is_reading_at_once(cuts):
-    model, x = tiny(), tokens(2, 23)
+    model, x = tiny(), draw(2, 23)
     whole, end = model(x)
     parts, state = [], None
     for piece in x.split(cuts, 1):
         logits, state = model(piece, state)
         parts.append(logits)
-    assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    assert_close(torch.cat(parts, 1), whole, **NEAR)
     for ours, theirs in zip([*state.conv, *state.ssm], [*end.conv, *end.ssm]):
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert_close(ours, theirs, **NEAR)
 
 
 @torch.no_grad()
 def test_unequal_prompts_in_a_batch_equal_each_alone():
-    model, prompts = tiny(), [tokens(1, n, seed=n) for n in (1, 2, 4, 11)]
-    batch = torch.cat([torch.cat([tokens(1, 11 - p.shape[1], seed=99), p], 1) for p in prompts])
+    model, prompts = tiny(), [draw(1, n, seed=n) for n in (1, 2, 4, 11)]
+    batch = torch.cat([torch.cat([draw(1, 11 - p.shape[1], seed=99), p], 1) for p in prompts])
     reset = torch.zeros_like(batch, dtype=torch.bool)
     for row, p in enumerate(prompts):
         reset[row, 11 - p.shape[1]] = True
     logits, state = model(batch, reset=reset)
-    after, _ = model(tokens(4, 1, seed=7), state)
+    after, _ = model(draw(4, 1, seed=7), state)
     for row, p in enumerate(prompts):
         alone, own = model(p)
-        assert_close(logits[row, -p.shape[1]:], alone[0], rtol=1e-4, atol=1e-4)
-        assert_close(after[row], model(tokens(4, 1, seed=7)[row:row + 1], own)[0][0], rtol=1e-4, atol=1e-4)
+        assert_close(logits[row, -p.shape[1]:], alone[0], **NEAR)
+        assert_close(after[row], model(draw(4, 1, seed=7)[row:row + 1], own)[0][0], **NEAR)
 
 
 @torch.no_grad()
 def test_packed_documents_do_not_leak():
-    model, first, second = tiny(), tokens(1, 9), tokens(1, 8, seed=1)
+    model, first, second = tiny(), draw(1, 9), draw(1, 8, seed=1)
     reset = torch.zeros(1, 17, dtype=torch.bool)
     reset[0, 9] = True
     logits, _ = model(torch.cat([first, second], 1), reset=reset)
-    other, _ = model(torch.cat([tokens(1, 9, seed=5), second], 1), reset=reset)
+    other, _ = model(torch.cat([draw(1, 9, seed=5), second], 1), reset=reset)
     assert torch.equal(logits[:, 9:], other[:, 9:])
-    assert_close(logits[:, 9:], model(second)[0], rtol=1e-4, atol=1e-4)
+    assert_close(logits[:, 9:], model(second)[0], **NEAR)
 
 
 @torch.no_grad()
 def test_the_state_handed_in_is_left_as_it_was():
     model = tiny()
-    _, state = model(tokens(1, 5))
+    _, state = model(draw(1, 5))
     copy = State([v.clone() for v in state.conv], [v.clone() for v in state.ssm])
-    model(tokens(1, 1), state)
-    model(tokens(1, 6), state)
+    model(draw(1, 1), state)
+    model(draw(1, 6), state)
     for v, w in zip([*state.conv, *state.ssm], [*copy.conv, *copy.ssm]):
         assert torch.equal(v, w)
 
@@ -123,7 +128,7 @@ def test_saved_and_loaded_is_the_same_bits(tmp_path, changes):
     again = Mamba.from_pretrained(tmp_path / "m")
     assert again.config == model.config
     with torch.no_grad():
-        assert torch.equal(again(tokens(1, 9))[0], model(tokens(1, 9))[0])
+        assert torch.equal(again(draw(1, 9))[0], model(draw(1, 9))[0])
 
 
 def test_what_is_small_and_exact_stays_fp32_in_bf16(tmp_path):
@@ -133,35 +138,37 @@ def test_what_is_small_and_exact_stays_fp32_in_bf16(tmp_path):
     assert mixer.in_proj.weight.dtype == torch.bfloat16
     exact = mixer.A_log, mixer.D, mixer.conv1d.weight, mixer.dt_proj.bias
     assert {p.dtype for p in exact} == {torch.float32}
-    logits, state = model(tokens(1, 4))
+    logits, state = model(draw(1, 4))
     assert logits.dtype == state.ssm[0].dtype == torch.float32
 
 
 def test_a_state_of_another_number_of_layers_is_refused():
     deeper, model = tiny(n_layer=3), tiny(n_layer=2)
     with pytest.raises(ValueError):
-        model(tokens(1, 4), deeper.blank_state(1))
+        model(draw(1, 4), deeper.blank_state(1))
     with pytest.raises(ValueError):
-        deeper(tokens(1, 4), model.blank_state(1))
+        deeper(draw(1, 4), model.blank_state(1))
 
 
-def test_threads_that_decode_leave_the_process_as_it_was(monkeypatch):
-    model, before = tiny().eval(), torch.backends.mkldnn.enabled
+def test_one_token_alone_is_multiplied_without_onednn_and_all_threads_leave_it_as_it_was():
+    mkldnn, model, seen = torch.backends.mkldnn, tiny(), []
+    hook = model.backbone.register_forward_hook(lambda *_: seen.append(mkldnn.enabled))
+    for on in (False, True):
+        with mkldnn.flags(on, None, None, None), torch.no_grad():
+            for x in draw(1, 1), draw(1, 2), draw(2, 1):
+                model(x)
+                assert mkldnn.enabled == on
+    assert seen == [False, False, False, False, True, True]
+    hook.remove()
 
-    def decode():
+    def decode(_):
         with torch.no_grad():
-            for _ in range(150):
-                model(tokens(1, 1))
-                model(tokens(1, 2))
-    threads = [threading.Thread(target=decode) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.backends.mkldnn.enabled == before
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    model(tokens(1, 1))
-    assert not torch.backends.mkldnn.enabled
+            for length in [1, 2] * 150:
+                model(draw(1, length))
+    with mkldnn.flags(True, None, None, None):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(decode, range(4)))
+        assert mkldnn.enabled
 
 
 def test_the_published_config_with_its_wrong_expand_loads(tmp_path):
@@ -188,15 +195,3 @@ def test_fresh_states_fade_at_n_speeds_in_steps_from_a_thousandth_to_a_tenth():
             assert 0.999e-3 < step.min() and step.max() < 0.1001
         if name.endswith((".D", "norm.weight", "norm_f.weight")):
             assert (p == 1).all()
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_one_token_alone_is_multiplied_without_onednn_and_who_turned_it_off_finds_it_off(on):
-    mkldnn, seen = torch.backends.mkldnn, []
-    model = tiny()
-    model.backbone.register_forward_hook(lambda *_: seen.append(mkldnn.enabled))
-    with mkldnn.flags(on, None, None, None), torch.no_grad():
-        for x in tokens(1, 1), tokens(1, 2), tokens(2, 1):
-            model(x)
-            assert mkldnn.enabled == on
-    assert seen == [False, on, on]

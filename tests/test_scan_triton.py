@@ -301,8 +301,7 @@ def test_one_token_is_a_scan_of_one_step(dtype):
         assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
         assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()
         in_place = p["h0"].clone()
-        forget = None if r is None else r * scan_triton.ENDLESS
-        y_in_place = scan_triton.step(in_place, *(p[k] for k in NAMES), forget)
+        y_in_place = scan_triton.step(in_place, *(p[k] for k in NAMES), r)
         assert torch.equal(in_place, h) and torch.equal(y_in_place, y)
     y, h = selective_scan(*(p[k] for k in NAMES[:5]))              # from no state, without options
     y_loop, h_loop = loop(*(p[k].double() for k in NAMES[:5]))
@@ -338,7 +337,7 @@ def test_no_gradient_flows_through_what_was_not_used():
 
 def test_the_operators_are_good_citizens():
     p = problem(1, 9, 3, 2)
-    forget = some_resets(1, 9) * scan_triton.ENDLESS
+    forget = some_resets(1, 9)
     inputs = [p[k] for k in NAMES] + [forget]
     blocks = [F.pad(t, (0, 0, 0, -9 % scan_triton.STEPS)) for t in (p["B"], p["C"])]
     whole = [p["h0"].mT, *inputs[:2], p["A"].mT, *blocks, *inputs[5:]]

@@ -5,6 +5,7 @@ registers and the machine code are then read back with the cuobjdump and nvdisas
 and the instructions of the inner loop are counted. From these, and from the bytes a kernel must move, follows
 an estimate: the slowest of four resources of an H100 SXM.
 """
+import functools
 import os
 import re
 import subprocess
@@ -25,33 +26,39 @@ SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
 SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
 LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
 
-FP32, BF16, INT = "*fp32", "*bf16", "i32"
-ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr"}      # in bf16; the rest is fp32
-KERNELS = {                                 # label: kernel, its constants beyond those in build
-    "pass 1: reduce": ("scan_kernel", dict(dy_ptr=None, enter_ptr=None, y_ptr=None, kept_ptr=None)),
-    "pass 2: carry": ("carry_kernel", dict(FROM_END=False)),
-    "pass 3: scan": ("scan_kernel", dict(dy_ptr=None, decay_ptr=None)),
-    "backward: replay": ("scan_kernel", {}),
-    "backward: carry": ("carry_kernel", dict(FROM_END=True)),
-    "backward: adjoint": ("adjoint_kernel", {}),
-    "one token: step": ("scan_kernel", dict(dy_ptr=None, kept_ptr=None, decay_ptr=None, STEPS=1)),
+ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}    # in bf16
+KERNELS = {
+    "pass 1: reduce": st.reduce_kernel,
+    "pass 2: carry": st.carry_kernel,
+    "pass 3: scan": st.scan_kernel,
+    "backward: replay": st.replay_kernel,
+    "backward: carry": st.carry_kernel,
+    "backward: adjoint": st.adjoint_kernel,
+    "one token: step": st.step_kernel,
 }
 
 
 def build(label: str, target: str, reset: bool = False):
     """Compile one kernel with the 7B's constants."""
-    name, constants = KERNELS[label]
-    kernel = getattr(st, name)
-    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS) | constants
+    kernel = KERNELS[label]
+    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS, FROM_END="backward" in label)
     if not reset:
-        constants.update(reset_ptr=None)
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    kinds = {k: INT if not k.endswith("_ptr") else BF16 if k in ROWS else FP32 for k in kernel.arg_names}
-    signature = {k: "constexpr" if k in constants else kinds[k] for k in kernel.arg_names}
-    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params     # what a launch finds out
-               if p.name.endswith("_ptr") and not (p.name in constants or p.do_not_specialize_on_alignment)}
-    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                          target=TARGETS[target], options={"num_warps": 1, "enable_fp_fusion": True})
+        constants["reset_ptr"] = None
+    signature, aligned, given = {}, {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+            given[name] = constants[name]
+        elif not name.endswith("_ptr"):
+            signature[name] = "i32"
+        else:
+            signature[name] = "*bf16" if name in ROWS else "*i1" if name == "reset_ptr" else "*fp32"
+            if not parameter.do_not_specialize_on_alignment:        # a launch finds out that it is aligned
+                aligned[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
+    return triton.compile(source, target=TARGETS[target],
+                          options={"num_warps": 1, "enable_fp_fusion": True})
 
 
 def tool(name: str, *args: str) -> str:
@@ -59,8 +66,9 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
 def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
-    """Registers, stack, spills, shared memory, and the instructions of the longest loop per state update."""
+    """Registers, stack, spills, shared memory, and the instructions of the inner loop per state update."""
     compiled = build(label, target, reset)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
@@ -72,7 +80,7 @@ def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
         f.flush()
         usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name)))
         code = tool("nvdisasm", "-c", f.name)
-    instructions, labels, loop = [], {}, []
+    instructions, labels, loops = [], {}, []
     for line in code.splitlines():
         if m := re.match(r"\s*(\.L\w+):", line):
             labels[m.group(1)] = len(instructions)
@@ -80,8 +88,12 @@ def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
             instructions.append(m.group(1).split(".")[0])
             goal = re.search(r"`\((\.L\w+)\)", m.group(2))
             start = labels.get(goal.group(1)) if instructions[-1] == "BRA" and goal else None
-            if start is not None and len(instructions) - start > len(loop) and start < len(instructions) - 1:
-                loop = instructions[start:]
+            if start is not None and start < len(instructions) - 1:
+                loops.append((start, len(instructions)))
+    inner = [(start, end) for start, end in loops
+             if not any(start <= other < end and (start, end) != (other, stop) for other, stop in loops)]
+    start, end = max(inner, key=lambda span: span[1] - span[0], default=(0, 0))
+    loop = instructions[start:end]
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
     if "step" in label:                     # one step, and no loop
         loop, updates = instructions, n
@@ -103,7 +115,7 @@ def traffic() -> dict:
     blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * triton.cdiv(d, st.CHANNELS)
     tiles = chunks() * states                             # one tensor of a state a chunk
     return {"pass 1: reduce": 2 * row + 2 * tiles, "pass 2: carry": 3 * tiles,
-            "pass 3: scan": 4 * row + 3 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
+            "pass 3: scan": 4 * row + 2 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
             "backward: carry": 3 * tiles, "backward: adjoint": 6 * row + blocks + sums + 2 * tiles,
             "backward: sums": sums + tiles, "one token: step": 2 * states + 4 * d * n + 4 * row // l}
 
@@ -157,7 +169,7 @@ def memory() -> tuple[int, int]:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    real = {name: getattr(st, name) for name in ("scan_kernel", "carry_kernel", "adjoint_kernel")}
+    real = {kernel.__name__: kernel for kernel in KERNELS.values()}
     for name in real:
         setattr(st, name, Stub())
     try:
@@ -216,6 +228,16 @@ def measured() -> None:
             for way, ms in took.items()))
 
 
+def total(reset: bool = False) -> dict[str, float]:
+    """Estimated milliseconds of a layer's forward and of its backward."""
+    ms = {"forward": 0.0, "backward": estimate("backward: sums", {})["HBM"]}
+    for label, kernel in KERNELS.items():
+        if "token" not in label:
+            found = count(label, "sm_90", reset and "reset_ptr" in kernel.arg_names)
+            ms["backward" if "backward" in label else "forward"] += max(estimate(label, found).values())
+    return ms
+
+
 def main() -> None:
     if not isinstance(st.scan_kernel, triton.JITFunction):
         raise SystemExit("the report compiles the kernels, which Triton's interpreter does not: unset "
@@ -226,7 +248,6 @@ def main() -> None:
           "slowest.\n")
     print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
           f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6}")
-    total = {"forward": 0.0, "backward": 0.0}
     for label in (*KERNELS, "backward: sums"):
         for target in TARGETS if label in KERNELS else ("sm_90",):
             found = count(label, target) if label in KERNELS else {}
@@ -238,14 +259,15 @@ def main() -> None:
                 line += f" {traffic()[label] / 1e6:6.0f}" + "".join(
                     f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}"
                     for k in ("HBM", "MUFU", "issue", "SHFL"))
-                if "token" not in label:
-                    total["backward" if "backward" in label else "forward"] += max(ms.values())
             print(line.rstrip())
-    kept, scratch = memory()
-    print(f"\nestimated: forward {total['forward']:.2f} ms, backward {total['backward']:.2f} ms, "
-          f"both {sum(total.values()):.2f} ms")
+    print()
+    for name, reset in (("estimated", False), ("with resets", True)):
+        ms = total(reset)
+        print(f"{name}: forward {ms['forward']:.2f} ms, backward {ms['backward']:.2f} ms, "
+              f"both {sum(ms.values()):.2f} ms")
     for way, ms in floors().items():
         print(f"floors of a {way}: " + ", ".join(f"{kind} {value:.2f} ms" for kind, value in ms.items()))
+    kept, scratch = memory()
     print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / (2 * b * l * d):.3f} of x "
           f"in bf16); scratch of a backward: {scratch / 1e6:.0f} MB")
     if torch.cuda.is_available():

@@ -1,0 +1,153 @@
+"""The plan's claims: it counts the steps that training takes, and the memory that a rank and a step take."""
+import gc
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity
+from torch.utils.checkpoint import checkpoint
+
+import train
+from mamba import Mamba, MambaConfig
+from tests.plan import (AT_LEAST, check_memory, count_steps, flops_per_token, memory, plan, shortage,
+                        stretches)
+from train import RECIPES, batch_size, context_length
+
+SEVEN = RECIPES["falcon-mamba-7b"]
+KEPT = "parameters", "gradients", "optimizer: Adam's two averages"
+BF16 = torch.bfloat16
+
+
+# Steps
+
+def test_the_plan_of_the_7b_prints_the_whole_run(capsys):
+    plan(SEVEN, MambaConfig(), 256, 0.18)
+    out = capsys.readouterr().out
+    assert re.search(r"ramp .*-> 2048 .*6.40e-04 .*1.41e-05 -> 1.41e-05", out)
+    assert re.search(r"decay +5e\+12 +5.5e\+12 .*8192 .*6.40e-04 -> 2.50e-06", out)
+    days = float(re.search(r"on 256 H100 ([\d.]+) days at 18% MFU", out)[1])
+    assert 50 < days < 70       # "about two months"
+    assert re.search(r"context 8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
+    assert f"({flops_per_token(MambaConfig()):.3g} a token)" in out
+
+
+@pytest.mark.parametrize("recipe", [
+    RECIPES["tiny"],
+    replace(RECIPES["tiny"], batch_start=8, batch_end=2),
+    train.scaled(RECIPES["tiny"], 1_234_567),
+    train.scaled(RECIPES["continue"], 2 * 10**9),
+    train.scaled(SEVEN, 5 * 10**9),
+])
+def test_the_steps_that_it_counts_are_those_that_training_takes(recipe):
+    tokens = 0
+    steps = 0
+    while tokens < recipe.total_tokens:
+        tokens += batch_size(recipe, tokens) * context_length(recipe, tokens)
+        steps += 1
+    assert count_steps(recipe) == steps and sum(more for _, _, more, _ in stretches(recipe)) == tokens
+
+
+def test_a_plan_of_1e18_tokens_takes_no_longer():
+    start = time.perf_counter()
+    assert count_steps(train.scaled(SEVEN, 10**18)) > 10**11 and time.perf_counter() - start < 5
+
+
+def test_the_plan_counts_the_operations_of_every_product():
+    """6 a parameter, but for embeddings, which are looked up, and what is no matrix; the scan adds < 1%."""
+    with torch.device("meta"):
+        model = Mamba(MambaConfig())
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert 6 * matrices < flops_per_token(MambaConfig()) < 6.06 * matrices
+
+
+# Memory
+
+SHARDED_7B = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import mamba, train
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
+with torch.device("meta"):
+    objective = train.Objective(mamba.Mamba(mamba.MambaConfig()), 11)
+train.shard(objective, "cpu", 256, torch.bfloat16)
+tensors = [p.to_local() for p in objective.parameters()]
+print(len(tensors), sum(p.numel() for p in objective.parameters()),
+      sum(p.numel() * p.element_size() for p in tensors))
+"""
+
+
+def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
+    run = subprocess.run([sys.executable, "-c", SHARDED_7B], cwd=Path(train.__file__).parent,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    count, whole, mine = map(int, run.stdout.split())
+    needs = memory(MambaConfig(), 256, BF16)
+    assert (count, whole) == (643, 7_272_665_088)
+    assert [needs.gpu[part] for part in KEPT] == [mine, mine, 2 * mine]
+
+
+@pytest.mark.parametrize("layers, kind", [(4, "without"), (8, "with")])
+def test_the_planned_memory_is_what_a_step_takes(layers, kind):
+    """By PyTorch's own allocator, because what a process holds besides depends on the machine."""
+    config = MambaConfig(vocab_size=2000, d_model=256, n_layer=layers)
+    rows = torch.randint(2000, (2, 4, 257))
+    gc.collect()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        model = Mamba(config)
+        if kind == "with":
+            for block in model.backbone.layers:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        objective = train.Objective(model, 0)
+        adam = train.optimizer(model, RECIPES["tiny"])
+        for step in rows:
+            objective(step).backward()
+            adam.step()
+            adam.zero_grad()
+    moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    moves.sort(key=lambda e: e.start_ns())
+    measured = max(accumulate(e.nbytes() for e in moves))
+    needs = memory(config, 1, torch.float32)
+    planned = sum(needs.gpu.values()) + 4 * 256 * needs.activations[kind]
+    print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert AT_LEAST < measured / planned < 1.05     # a plan may ask for too much, hardly for too little
+
+
+def test_one_gpu_keeps_116_gb_of_the_7b_or_its_host_does(capsys):
+    on_gpu = memory(MambaConfig(), 1, BF16)
+    offloaded = memory(MambaConfig(), 1, BF16, offload=True)
+    assert sum(offloaded.host.values()) == sum(on_gpu.gpu[part] for part in KEPT) == 16 * 7_272_665_088
+    assert on_gpu.host == {} and on_gpu.gpu == offloaded.host | offloaded.gpu
+    plan(RECIPES["continue"], MambaConfig(), 1, 0.18)
+    out = capsys.readouterr().out
+    assert "116.4 GB" in out and "--offload" in out and not re.search("--micro-batch [1-9]", out)
+    plan(RECIPES["continue"], MambaConfig(), 1, 0.18, offload=True)
+    out = capsys.readouterr().out
+    assert re.search(r"memory of the host.*\n(.*\n){3}  together +116.36\n", out)
+    assert re.search(r"8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
+
+
+@pytest.mark.parametrize("world, flags, host, words", [
+    (1, "", 160e9, ["16 at 8192", "116.4 GB for weights", "has 80.0 GB", "--offload keeps"]),
+    (1, "", 100e9, ["116.4 GB for weights", "use more GPUs"]),
+    (1, "--offload", 100e9, ["--offload needs 116.4 GB", "there are 100.0 GB", "use more GPUs"]),
+    (1, "--offload", 160e9, ["has 80.0 GB", "--checkpoint-activations with --micro-batch 4 fits"]),
+    (1, "--offload --checkpoint-activations", 160e9, ["has 80.0 GB", "--micro-batch 4 fits"]),
+    (8, "", 160e9, ["14.5 GB for weights", "--checkpoint-activations with --micro-batch 3 fits"]),
+])
+def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_helps(world, flags, host, words):
+    found = shortage(MambaConfig(), world, BF16, "--offload" in flags, 80e9, host, 16, 8192,
+                     "--checkpoint-activations" in flags)
+    assert "\n" not in found and all(word in found for word in words), found
+
+
+@pytest.mark.parametrize("world, offload, rows", [(1, True, 4), (8, False, 3), (256, False, 3)])
+def test_what_it_says_would_fit_fits(world, offload, rows):
+    assert shortage(MambaConfig(), world, BF16, offload, 80e9, 160e9, rows, 8192, True) is None
+    assert shortage(MambaConfig(), world, BF16, offload, 80e9, 160e9, 3 * rows, 8192, True)
