@@ -13,7 +13,7 @@ vector of d_model numbers for each token, and adds to it:
 
 Sources: Mamba, arXiv 2312.00752, Fig. 3 and Alg. 2; the Falcon-Mamba report, arXiv 2410.05355; the
 published checkpoints, whose tensor names are our attribute names; and modeling_falcon_mamba.py in
-the package transformers, which is "the reference" below. `python mamba.py` prints the 7B's tensors.
+the package transformers, which is "the reference" below. `python mamba.py` prints the 7B.
 
 Sizes: b batch, l length, m d_model, d d_inner, n d_state, r dt_rank, k d_conv.
 """
@@ -67,7 +67,7 @@ class MambaConfig:
         require(self, int, 1, 2**10, "n_layer")     # a broken file shall not ask for all memory
         require(self, float, 1e-30, 1, "norm_eps", "mixer_norm_eps", "initializer_range")
         require(self, bool, False, True, "bias", "conv_bias", "tie_embeddings")
-        require_ids(self)
+        require(self, int, 0, 2**20, "bos_token_id", "eos_token_id", "pad_token_id")
         if self.d_inner is None:
             self.d_inner = self.expand * self.d_model
         if self.dt_rank is None:
@@ -459,24 +459,19 @@ UNQUANTISED = "load the unquantised one, from which sample.py --quantize nf4 mak
 
 
 def require(config: MambaConfig, kind: type, low: float, high: float, *names: str) -> None:
-    """ValueError unless these values are of that kind and from low to high."""
+    """ValueError unless these values are of that kind and from low to high.
+
+    A token's number may also be None. There may be a list of those that end a text.
+    """
     for name in names:
         value = getattr(config, name)
-        if type(value) is not kind or not low <= value <= high:
+        if name.endswith("_id") and value is None:
+            continue
+        values = value if name == "eos_token_id" and type(value) is list else [value]
+        if not values or not all(type(v) is kind and low <= v <= high for v in values):
             called = f"{name} or {PUBLISHED[name]}" if name in PUBLISHED else name
             limits = f"{kind.__name__} from {low} to {high}"
             raise ValueError(f"{called} is {value!r:.50}, but must be {limits}")
-
-
-def require_ids(config: MambaConfig) -> None:
-    """ValueError unless each is None or the number of a token; a text may have several ends."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        numbers = value if name == "eos_token_id" and type(value) is list else [value]
-        if not numbers or not all(type(i) is int and 0 <= i <= 2**20 for i in numbers):
-            raise ValueError(f"{name} is {value!r:.50}, but must be a token's number or null")
 
 
 def read_config(path: Path) -> dict:
@@ -565,17 +560,13 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:
 
 
 def tie(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Let lm_head.weight be the embeddings, which some writers store under both names.
-
-    ValueError if both are there and differ, because nobody can say which of them is meant.
-    """
+    """Let lm_head.weight be the embeddings; refuse another, because either may be meant."""
     embeddings = tensors.get("backbone.embeddings.weight")
-    head = tensors.get("lm_head.weight")
-    both = embeddings is not None and head is not None
-    if both and not torch.equal(embeddings, head.to(embeddings.dtype)):
-        raise ValueError(f"{folder} has another lm_head.weight than backbone.embeddings.weight, but "
-                         "tie_word_embeddings in its config.json makes them one: set that to false, "
-                         "or delete the tensor that is wrong")
+    head = tensors.get("lm_head.weight", embeddings)
+    if embeddings is not None and not torch.equal(embeddings, head.to(embeddings.dtype)):
+        raise ValueError(f"{folder} has a lm_head.weight that is not backbone.embeddings.weight, but "
+                         "its config.json makes them one: set tie_word_embeddings to false there, "
+                         "or delete the wrong tensor")
     tensors["lm_head.weight"] = embeddings
 
 
@@ -589,8 +580,6 @@ def replace_file(new: Path, path: Path) -> None:
 if __name__ == "__main__":
     with torch.device("meta"):
         model = Mamba(MambaConfig())
+    print(model)
     sizes = [p.numel() for p in model.parameters()]
-    print(f"{len(sizes)} tensors, {sum(sizes):,} parameters. The first layer's, and all others:")
-    for name, p in model.named_parameters():
-        if not re.search(r"layers\.[1-9]", name):
-            print(f"{name:42}{' x '.join(map(str, p.shape)):>16}{p.numel():15,}")
+    print(f"{sum(sizes):,} parameters in {len(sizes)} tensors")

@@ -4,7 +4,7 @@ Each of d channels has a state h of n numbers, which follow h'(t) = A h(t) + B x
 and negative: how fast each number fades. B is where a token writes its input x. C, below, is what
 it reads. A token lasts for a time delta, in which A, B and x stand still. At its end, exactly,
 
-    h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A B_t x_t
+    h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A * B_t x_t
 
 Mamba's code has delta_t where this has (exp(delta_t A) - 1) / A. That is Euler's rule, time times
 slope. It may be so crude because B is learned, and training makes B absorb the difference. And
@@ -20,8 +20,8 @@ forgets the past and takes the token in, a short one passes over it.
 At one t, x_t, delta_t, z_t, D and y_t are (d,). B_t and C_t are (n,). A and h_t are (d, n), and
 products with A are elementwise. delta_t B_t x_t is an outer product, (d, n). C_t . h_t sums over n.
 
-This file says it three times: as a loop, as a tree, and in chunks with a backward derived by hand.
-`python scan.py` prints the error and the time of each. scan_triton.py, next, says it for a GPU.
+This file says it three times: as a loop, as a tree, and in chunks, with the gradient derived by
+hand. `python scan.py` prints each one's error and time. Next, scan_triton.py says it for a GPU.
 Sizes: b batch, l length, d channels, n numbers of state a channel, c steps in a chunk.
 """
 import importlib.util
@@ -37,16 +37,17 @@ from torch import Tensor
 
 def naive(x, dt, A, B, C, D, z, dt_bias, h, reset):
     """One step after the other. To differentiate it, autograd keeps every state: (b, l, d, n)."""
-    delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
+    delta = F.softplus(dt + dt_bias)                      # (b, l, d)
     y = []
     for t in range(x.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
-        decay = torch.exp(delta[:, t, :, None] * A)                  # (b, d, n)
-        drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
-        h = decay * h + drive                                        # (b, d, n)
-        y.append(h @ C[:, t, :, None])                               # (b, d, 1)
-    y = torch.stack(y, dim=1)[..., 0]                                # (b, l, d)
+        decay = torch.exp(delta[:, t, :, None] * A)       # (b, d, n)
+        w = delta[:, t] * x[:, t]                         # (b, d)
+        drive = w[..., None] * B[:, t, None]              # (b, d, n)
+        h = decay * h + drive                             # (b, d, n)
+        y.append(h @ C[:, t, :, None])                    # (b, d, 1)
+    y = torch.stack(y, dim=1)[..., 0]                     # (b, l, d)
     return skip_and_gate(y, x, D, z), h
 
 
@@ -67,14 +68,14 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
 
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """All steps at once, with O(l) work. Holds a few times (b, l, d, n)."""
-    delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
-    decay = torch.exp(delta[..., None] * A)                          # (b, l, d, n)
+    delta = F.softplus(dt + dt_bias)                      # (b, l, d)
+    decay = torch.exp(delta[..., None] * A)               # (b, l, d, n)
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
-    drive = (delta * x)[..., None] * B[:, :, None, :]                # (b, l, d, n)
-    drive[:, 0] += decay[:, 0] * h0                                  # step 0 is taken from h0
-    h = merge_pairs(decay, drive)                                    # (b, l, d, n)
-    y = (h @ C[..., None])[..., 0]                                   # (b, l, d)
+    drive = (delta * x)[..., None] * B[:, :, None, :]     # (b, l, d, n)
+    drive[:, 0] += decay[:, 0] * h0                       # step 0 is taken from h0
+    h = merge_pairs(decay, drive)                         # (b, l, d, n)
+    y = (h @ C[..., None])[..., 0]                        # (b, l, d)
     return skip_and_gate(y, x, D, z), h[:, -1]
 
 
@@ -83,13 +84,13 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
     length = drive.shape[1]
     if length == 1:
         return drive
-    a1, b1 = decay[:, :-1:2], drive[:, :-1:2]                        # steps 0, 2, 4, ...
-    a2, b2 = decay[:, 1::2], drive[:, 1::2]                          # steps 1, 3, 5, ...
-    odd = merge_pairs(a2 * a1, a2 * b1 + b2)                         # h_1, h_3, h_5, ...
-    h = drive.clone()                                                # h_0 is right already
+    a1, b1 = decay[:, :-1:2], drive[:, :-1:2]             # steps 0, 2, 4, ...
+    a2, b2 = decay[:, 1::2], drive[:, 1::2]               # steps 1, 3, 5, ...
+    odd = merge_pairs(a2 * a1, a2 * b1 + b2)              # h_1, h_3, h_5, ...
+    h = drive.clone()                                     # h_0 is right already
     h[:, 1::2] = odd
-    before = odd[:, :(length - 1) // 2]                              # not the last, if it ends all
-    h[:, 2::2] += decay[:, 2::2] * before                            # h_2, h_4, h_6, ...
+    before = odd[:, :(length - 1) // 2]                   # not the last, if it ends all
+    h[:, 2::2] += decay[:, 2::2] * before                 # h_2, h_4, h_6, ...
     return h
 
 
@@ -118,25 +119,25 @@ def run_chunk(decays, hs, x, delta, A, B, C, h, reset):
     torch.mul(delta[:, :, None], A * math.log2(math.e), out=decays).exp2_()
     if reset is not None:
         decays[reset] = 0
-    torch.mul((delta * x)[:, :, None], B[..., None], out=hs)         # at first drives
+    torch.mul((delta * x)[:, :, None], B[..., None], out=hs)      # drives, which become states
     for decay, drive in zip(decays.unbind(1), hs.unbind(1)):
-        h = drive.addcmul_(decay, h)                                 # (b, n, d)
-    return (C[:, :, None] @ hs)[:, :, 0]                             # (b, c, d)
+        h = drive.addcmul_(decay, h)                              # (b, n, d)
+    return (C[:, :, None] @ hs)[:, :, 0]                          # (b, c, d)
 
 
 class Chunked(torch.autograd.Function):
     """In here A is (n, d) and a state (b, n, d), because a long last dimension is fastest.
 
-    xc is a chunk's part of x. All chunks share a few buffers, (b, c, n, d) each, because memory
-    that is new from the system is slow to touch: without them a step took 1.7 times as long.
+    xc is a chunk's part of x. All chunks share a few buffers, (b, c, n, d) each, because new memory
+    is slow to touch: a plain version without them took 1.7 times as long.
     """
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, reset):
-        A = A.T.contiguous()                                         # (n, d)
-        h = h0.mT.contiguous()                                       # (b, n, d)
+        A = A.T.contiguous()                                      # (n, d)
+        h = h0.mT.contiguous()                                    # (b, n, d)
         y = torch.empty_like(x)
-        starts = []                                                  # the state before each chunk
+        starts = []                                               # the state before each chunk
         # Short chunks cost Python's time, long ones of many sequences outgrow the cache. 32 steps
         # took a tenth less time than 16 for one sequence, and a tenth more for eight.
         ctx.size = 32 if len(x) == 1 else 16
@@ -144,35 +145,35 @@ class Chunked(torch.autograd.Function):
         for t in range(0, x.shape[1], ctx.size):
             chunk = slice(t, t + ctx.size)
             xc, dtc, Bc, Cc, zc, resetc = cut(chunk, x, dt, B, C, z, reset)
-            decays, hs = (v[:, :xc.shape[1]] for v in buffers)       # the last chunk may be shorter
+            decays, hs = (v[:, :xc.shape[1]] for v in buffers)    # the last chunk may be shorter
             starts.append(h)
             yc = run_chunk(decays, hs, xc, F.softplus(dtc + dt_bias), A, Bc, Cc, h, resetc)
             y[:, chunk] = skip_and_gate(yc, xc, D, zc)
-            h = hs[:, -1].clone()                                    # the next chunk overwrites hs
+            h = hs[:, -1].clone()                                 # the next chunk overwrites hs
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, reset, *starts)
         return y, h.mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable                     # no second derivatives
+    @torch.autograd.function.once_differentiable                  # no second derivatives
     def backward(ctx, dy, dh):
         x, dt, A, B, C, D, z, dt_bias, reset, *starts = ctx.saved_tensors
         dx, ddt, dB, dC = (torch.empty_like(v) for v in (x, dt, B, C))
         dz = None if z is None else torch.empty_like(z)
         dA, dD = torch.zeros_like(A), torch.zeros_like(D)
-        dh = dh.mT.contiguous()                                      # (b, n, d), after the chunk
+        dh = dh.mT.contiguous()                                   # (b, n, d): asked by later chunks
         buffers = [dh.new_empty(len(x), ctx.size, *A.shape) for _ in range(3)]
         for i in reversed(range(len(starts))):
             chunk = slice(i * ctx.size, (i + 1) * ctx.size)
             xc, dtc, Bc, Cc, zc, resetc, dyc = cut(chunk, x, dt, B, C, z, reset, dy)
             decays, hs, dhs = (v[:, :xc.shape[1]] for v in buffers)
-            delta = F.softplus(dtc + dt_bias)                        # (b, c, d)
+            delta = F.softplus(dtc + dt_bias)                     # (b, c, d)
             yc = run_chunk(decays, hs, xc, delta, A, Bc, Cc, starts[i], resetc)
             if z is not None:
-                gate = torch.sigmoid(zc)                             # SiLU(z) = z gate
+                gate = torch.sigmoid(zc)                          # SiLU(z) = z gate
                 dz[:, chunk] = dyc * torch.addcmul(yc, D, xc) * gate * (1 + zc * (1 - gate))
-            g = dyc if z is None else dyc * zc * gate                # (b, c, d)
+            g = dyc if z is None else dyc * zc * gate             # (b, c, d)
 
-            torch.mul(Cc[..., None], g[:, :, None], out=dhs)         # (b, c, n, d)
+            torch.mul(Cc[..., None], g[:, :, None], out=dhs)      # (b, c, n, d)
             dhs[:, -1] += dh
             for t in reversed(range(xc.shape[1] - 1)):
                 dhs[:, t].addcmul_(decays[:, t + 1], dhs[:, t + 1])
@@ -180,14 +181,14 @@ class Chunked(torch.autograd.Function):
 
             dC[:, chunk] = (hs @ g[:, :, None].mT)[..., 0]
             dB[:, chunk] = (dhs @ (delta * xc)[:, :, None].mT)[..., 0]
-            dw = (Bc[:, :, None] @ dhs)[:, :, 0]                     # (b, c, d)
+            dw = (Bc[:, :, None] @ dhs)[:, :, 0]                  # (b, c, d)
             # dhs and decays have been read for the last time. Their buffers serve under new names.
-            du = dhs.mul_(decays)                                    # (b, c, n, d)
+            du = dhs.mul_(decays)                                 # (b, c, n, d)
             du[:, 0] *= starts[i]
             du[:, 1:] *= hs[:, :-1]
             scratch = decays
             dA += torch.mul(du, delta[:, :, None], out=scratch).sum((0, 1))
-            A_du = torch.mul(du, A, out=scratch).sum(2)              # (b, c, d)
+            A_du = torch.mul(du, A, out=scratch).sum(2)           # (b, c, d)
             ddt[:, chunk] = torch.addcmul(A_du, xc, dw) * torch.sigmoid(dtc + dt_bias)
             dD += (g * xc).sum((0, 1))
             dx[:, chunk] = torch.addcmul(delta * dw, D, g)
@@ -200,13 +201,13 @@ BACKENDS = {"naive": naive, "parallel": parallel, "chunked": Chunked.apply}
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
                    reset: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Run the recurrence from state h0 (zero if None) over x -> all outputs y, the last state h.
+    """Run the scan over x from state h0 (zero if None) -> all outputs y, the last state h.
 
     x, dt, z (b, l, d)   B, C (b, l, n)   A (d, n), negative   D, dt_bias (d,)   in any float dtype
     y (b, l, d) in x's dtype   h0, h (b, d, n) fp32
     reset (b, l) bool: true where a document starts, which sees 0 for h_{t-1}
-    All arithmetic is fp32. Gradients flow to every float argument and back through h, so a sequence
-    can be cut anywhere. ValueError for arguments that do not fit or an unknown backend.
+    All arithmetic is fp32. Gradients flow to every float argument, h0 too, so a sequence can be cut
+    anywhere. ValueError for arguments that do not fit or an unknown backend.
     """
     check(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, h0=h0, reset=reset)
     if backend == "auto":
