@@ -32,7 +32,6 @@ from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
 TAIL = 16       # tokens that are decoded again with the next ones, whose text may depend on them
-KEPT = 1000     # last tokens in a state file: more than ever wait for the rest of a character
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -134,54 +133,52 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 
 class Text:
-    """A text that grows by a prompt and then by tokens. What is no character yet waits.
+    """A text that grows by tokens. What is no character yet waits.
 
     The pieces joined are what the tokenizer makes of all tokens at once. What it makes of one depends
     on those before it: often the first word of a text loses its space. So they are decoded together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: list[int], prompt: str):
-        """`before` are tokens of a former run. It has shown them, except for those that wait."""
+    def __init__(self, tokenizer: Tokenizer, prompt: str, shown: list[int] = [], waiting: list[int] = []):
+        """Begin with a prompt, or go on from what another run has shown and what it has not."""
         self.tokenizer = tokenizer
-        self.tokens = []        # the last ones
-        self.shown = ""         # what of their text was shown
+        self.shown = [*shown]           # the last tokens that were shown
+        self.waiting = [*waiting]       # the tokens after them
         self.pieces = []
-        for token in before:
-            self.add(token)
         if prompt:      # shown as it was typed, which its tokens may not be
             self.pieces = [self.rest(), prompt]
-            self.tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
-            self.rest()
+            self.shown = tokenizer.encode(prompt, add_special_tokens=False).ids[-TAIL:]
 
     def add(self, token: int) -> str:
         """One more token -> the text that can be shown now."""
-        self.tokens.append(token)
+        self.waiting.append(token)
         # Some tokenizers have a token <0xE2> for that byte. In a run of such tokens one wrong byte
         # spoils them all, so a run waits for its end. Others make U+FFFD of half a character.
         is_byte = re.fullmatch("<0x..>", self.tokenizer.id_to_token(token) or "")
-        if is_byte or self.decode().endswith("\ufffd"):
+        if is_byte or self.decode(self.waiting).endswith("\ufffd"):
             return ""
         return self.rest()
 
     def rest(self) -> str:
         """The text of all that waits, with U+FFFD for what is no character."""
-        piece = self.decode()[len(self.shown):]
-        self.tokens = self.tokens[-TAIL:]
-        self.shown = self.decode()
-        return piece
+        before = self.decode(self.shown)
+        tokens = self.shown + self.waiting
+        self.shown = tokens[-TAIL:]
+        self.waiting = []
+        return self.decode(tokens)[len(before):]
 
-    def decode(self) -> str:
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=False)
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], stop: list[int],
-          before: list[int] = [], goes_on: bool = False) -> tuple[list, list[float], State]:
+          texts: list[Text] | None = None, goes_on: bool = False) -> tuple[list, list[float], State]:
     """Print the first text as it is made, and the others after it.
 
-    `before` are tokens of a former run. If the text goes on in a later run, what is no character yet
-    is left to it. Returns the tokens of each step, the times at first and after each, and the last state.
+    `texts` are the prompts' unless given. If a text goes on in another run, what is no character yet
+    is left to that. Returns each step's tokens, the times at first and after each, and the last state.
     """
-    texts = [Text(tokenizer, before, prompt) for prompt in prompts]
+    texts = texts or [Text(tokenizer, prompt) for prompt in prompts]
     made = []
     times = [time.perf_counter()]
     print("".join(texts[0].pieces), end="", flush=True)
@@ -204,10 +201,12 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
     return made, times, state
 
 
-def save_state(path: Path, state: State, tokens: list[int]) -> None:
-    """Keep one text's state, which has read all tokens but the last, and the last tokens."""
-    last = torch.tensor(tokens[-KEPT:])
-    file = save({"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": last})
+def save_state(path: Path, state: State, last: int, text: Text) -> None:
+    """Keep a text's state, its last token, which the state has not read, and what is to be shown."""
+    file = save({
+        "conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last]),
+        "shown": torch.tensor(text.shown, dtype=torch.int64),
+        "waiting": torch.tensor(text.waiting, dtype=torch.int64)})
     new = path.with_name(path.name + ".partial")
     try:
         new.write_bytes(file)
@@ -218,30 +217,37 @@ def save_state(path: Path, state: State, tokens: list[int]) -> None:
         new.unlink(missing_ok=True)
 
 
-def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, list[int]]:
-    """The state in a file, once for each of `batch` texts, and the last tokens."""
+def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, dict[str, list[int]]]:
+    """A file's state, once for each of `batch` texts, and its tokens: "last", "shown", "waiting"."""
     try:
         found = load_file(path)
-        last = found["last"]
-        tensors = found["conv"], found["ssm"]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a state file: {str(error)!r:.300}") from error
+    if not {"conv", "ssm", "last"} <= found.keys():
+        raise ValueError(f"{path} is not a state file: it holds {str([*found])!r:.200}")
     state = model.blank_state(batch)
-    for tensor, layers in zip(tensors, state):
+    for name, layers in ("conv", state.conv), ("ssm", state.ssm):
+        tensor = found[name]
         needed = [len(layers), 1, *layers[0].shape[1:]]
         if [*tensor.shape] != needed or not tensor.is_floating_point():
-            raise ValueError(f"{path} has a state of {[*tensor.shape]} in {tensor.dtype}, "
+            raise ValueError(f"{path} has {name} of {[*tensor.shape]} in {tensor.dtype}, "
                              f"but this model needs {needed} in floats")
         if not tensor.float().isfinite().all():
-            raise ValueError(f"{path} is damaged: not all of its numbers are finite")
+            raise ValueError(f"{path} is damaged: not all numbers of {name} are finite")
         for layer, values in zip(layers, tensor):
             layer.copy_(values)                                 # (b, ...) from (1, ...)
+    tokens = {}
     size = model.config.vocab_size
-    is_list = last.dtype == torch.int64 and last.dim() == 1 and len(last) > 0
-    if not is_list or last.min() < 0 or last.max() >= size:
-        raise ValueError(f"{path} is damaged: not all its last tokens are numbers from 0 to {size - 1}: "
-                         f"{last.tolist()!r:.200}")
-    return state, last.tolist()
+    none = torch.zeros(0, dtype=torch.int64)
+    for name in "last", "shown", "waiting":
+        values = found.get(name, none)      # former versions kept the first only
+        is_list = values.dtype == torch.int64 and values.dim() == 1
+        is_whole = name != "last" or values.numel() == 1
+        if not is_list or not is_whole or values.lt(0).any() or values.ge(size).any():
+            raise ValueError(f"{path} is damaged: {name} is no list of tokens from 0 to {size - 1}, "
+                             f"but {values.tolist()!r:.200}")
+        tokens[name] = values.tolist()
+    return state, tokens
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -346,49 +352,66 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
     return model, tokenizer, stop
 
 
+def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts of any lengths as one tensor (b, l), and where its documents start.
+
+    Shorter prompts are padded on the left. The padding is a document, and the prompt after it another.
+    """
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    tokens = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
+    if not any(padding):
+        return tokens, None
+    starts = torch.tensor(padding, device=device)[:, None]                  # (b, 1)
+    return tokens, torch.arange(length, device=device) == starts            # (b, l), (b, l)
+
+
+def ctrl_c() -> Event:
+    """An event that the first Ctrl-C sets. A second one ends the program."""
+    pressed = Event()
+
+    def press(_number, _frame):
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, press)
+    return pressed
+
+
 def run(args: argparse.Namespace) -> None:
     prompts = args.prompt
     if "-" in prompts:
-        typed = sys.stdin.read().removesuffix("\n") if sys.stdin else ""        # None if it is closed
+        typed = sys.stdin.read().removesuffix("\n") if sys.stdin else ""    # None if it is closed
         prompts = [typed if prompt == "-" else prompt for prompt in prompts]
     if not args.load_state and not all(prompts):
-        raise ValueError("without --load-state, each --prompt needs some text, and so does standard input")
+        raise ValueError("without --load-state, each --prompt needs text, and so does standard input")
     model, tokenizer, stop = load(args)
     rows = [encode(tokenizer, prompt) for prompt in prompts] * args.num_samples
     prompts = prompts * args.num_samples
-    before = []
+    texts = [Text(tokenizer, prompt) for prompt in prompts]
     state = None
     if args.load_state:
-        state, before = load_state(args.load_state, model, len(rows))
-        rows = [before[-1:] + row for row in rows]      # the state has not read the last token
+        state, kept = load_state(args.load_state, model, len(rows))
+        rows = [kept["last"] + row for row in rows]
+        texts = [Text(tokenizer, prompt, kept["shown"], kept["waiting"]) for prompt in prompts]
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
-
-    # Shorter prompts are padded on the left. The padding is a document, and so is the prompt after it.
-    longest = max(map(len, rows))
-    padding = torch.tensor([[longest - len(row)] for row in rows], device=args.device)          # (b, 1)
-    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=args.device)
-    reset = torch.arange(longest, device=args.device) == padding if padding.any() else None     # (b, l)
-    if longest > PIECE:
-        tell(f"reading {longest} tokens")
+    tokens, reset = padded(rows, args.device)
+    if tokens.shape[1] > PIECE:
+        tell(f"reading {tokens.shape[1]} tokens")
     if args.compile:
         tell("compiling for up to a minute, at the first tokens")
         compile_blocks()
 
-    interrupted = Event()
-
-    def interrupt(_number, _frame):
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # a second one ends at once
-    if args.save_state:     # so Ctrl-C ends the text after a whole token, and its state can be kept
-        signal.signal(signal.SIGINT, interrupt)
+    # Ctrl-C ends the text after a whole token if its state is to be kept, and at once if not.
+    interrupted = ctrl_c() if args.save_state else Event()
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                      stop, generator, state, reset, interrupted)
-    made, times, state = write(steps, tokenizer, prompts, stop, before, bool(args.save_state))
+    made, times, state = write(steps, tokenizer, prompts, stop, texts, bool(args.save_state))
     if args.save_state:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        save_state(args.save_state, state, before[:-1] + rows[0] + [step[0] for step in made])
+        last = made[-1][0] if made else rows[0][-1]
+        save_state(args.save_state, state, last, texts[0])
     report(times, rows, model)
     if interrupted.is_set():
         raise KeyboardInterrupt

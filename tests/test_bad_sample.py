@@ -41,7 +41,7 @@ def pristine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pristine")
     small_model(folder / "model")
     model = Mamba.from_pretrained(folder / "model")
-    sample.save_state(folder / "state", model.blank_state(1), [1, 2, 3])
+    sample.save_state(folder / "state", model.blank_state(1), 1, sample.Text(byte_tokenizer(), "a"))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_refused_without_a_reason(call):
 
 # What is typed, and what is said.
 FLAGS = {
-    "": "--prompt", "--prompt=": "needs some text", "--prompt a --prompt=": "needs some text",
+    "": "--prompt", "--prompt=": "needs text", "--prompt a --prompt=": "needs text",
     "--prompt": "expected one argument", "--model": "expected one argument", "stray": "unrecognized",
     "--prompt caf\udce9": "the prompt is not UTF-8 text", "--unknown": "unrecognized",
     "--prompt a --model nope": "nope' is not a folder; `python train.py` makes one",
@@ -143,12 +143,13 @@ FILES = [
     ("state", {"conv": torch.zeros(2, 3, 32)}, "needs [2, 1, 3, 32]"),
     *[("state", {"conv": torch.zeros(2, 1, 3, 32).to(dtype)}, f"in {dtype}, but this model needs")
       for dtype in (torch.int32, torch.bool, torch.complex64)],
-    *[("state", {name: torch.full(shape, NAN)}, "state is damaged: not all of its numbers are finite")
+    *[("state", {name: torch.full(shape, NAN)}, f"state is damaged: not all numbers of {name} are finite")
       for name, shape in (("conv", (2, 1, 3, 32)), ("ssm", (2, 1, 32, 4)))],
-    *[("state", {"last": torch.tensor([1, token])}, f"damaged: not all its last tokens are numbers from 0 to 256: [1, {token}]")
+    *[("state", {"last": torch.tensor([token])}, f"damaged: last is no list of tokens from 0 to 256, but [{token}]")
       for token in (-1, 257, 2**62, -2**63)],
-    *[("state", {"last": last}, "its last tokens")
-      for last in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.ones(0, dtype=torch.int64))],
+    *[("state", {name: tokens}, f"damaged: {name} is no list of tokens") for name in ("last", "shown", "waiting")
+      for tokens in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.tensor([[1]]))],
+    *[("state", {"last": torch.ones(count, dtype=torch.int64)}, "damaged: last is no list") for count in (0, 2)],
 ]
 
 
@@ -170,7 +171,7 @@ def test_files_that_cannot_be_read_are_refused(refused, name, content, says):
 def test_a_state_in_other_floats_and_one_of_a_former_version_go_on(call):
     tensors = load_file("state")
     for dtype in (torch.bfloat16, torch.float64):
-        other = {"conv": tensors["conv"].to(dtype), "ssm": tensors["ssm"].to(dtype), "last": torch.tensor([7])}
+        other = {"conv": tensors["conv"].to(dtype), "ssm": tensors["ssm"].to(dtype), "last": tensors["last"]}
         Path("state").write_bytes(save(other))
         assert call("--load-state", "state")[0] == 0
 

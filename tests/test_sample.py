@@ -205,13 +205,13 @@ TOKENS = st.integers(0, 255) | st.sampled_from([*"aé€😀".encode()]) | st.in
 @pytest.mark.parametrize("kind", KINDS)
 @given(tokens=st.lists(TOKENS, max_size=80))
 def test_the_pieces_joined_are_what_decoding_the_whole_gives(kind, tokens):
-    text = Text(KINDS[kind], [], "")
+    text = Text(KINDS[kind], "")
     pieces = [text.add(token) for token in tokens]
     assert "".join(pieces) + text.rest() == KINDS[kind].decode(tokens, skip_special_tokens=False)
 
 
 def test_the_first_new_word_keeps_the_space_before_it():
-    text = Text(fallback_tokenizer(), [], "a")
+    text = Text(fallback_tokenizer(), "a")
     assert text.pieces == ["", "a"] and text.add(WORDS["▁a"]) == " a"
 
 
@@ -229,12 +229,12 @@ def test_a_character_is_shown_once_all_its_bytes_are_there_and_the_end_never(cap
     assert times == sorted(times) and len(times) == 8
 
 
-@pytest.mark.parametrize("end", [256, 0xe2])
-def test_what_never_becomes_a_character_is_shown_in_the_end(capsys, end):
-    tokenizer = fallback_tokenizer()
+@pytest.mark.parametrize("goes_on, end, shown", [
+    (False, 0xe2, 3), (True, 0xe2, 0), (False, 256, 2), (True, 256, 2)])
+def test_what_never_becomes_a_character_is_shown_in_the_end(capsys, goes_on, end, shown):
     steps = (torch.tensor([token]) for token in [0xe2, 0x82, end])
-    sample.write(steps, tokenizer, ["a"], [256])
-    assert capsys.readouterr().out == "a" + "\ufffd" * (2 if end == 256 else 3) + "\n"
+    sample.write(steps, fallback_tokenizer(), ["a"], [256], goes_on=goes_on)
+    assert capsys.readouterr().out == "a" + "\ufffd" * shown + "\n"
 
 
 @pytest.mark.parametrize("config, generation, endoftext, expected", [
@@ -285,17 +285,21 @@ def test_half_a_character_before_a_new_prompt_is_no_character(folder, run, tmp_p
 def test_a_loaded_state_lies_in_memory_as_a_blank_one(folder, tmp_path):
     """Because compiled steps do not check it."""
     model = Mamba.from_pretrained(folder)
-    sample.save_state(tmp_path / "kept", model.blank_state(1), [1])
+    sample.save_state(tmp_path / "kept", model.blank_state(1), 1, Text(byte_tokenizer(), "a"))
     state, _ = sample.load_state(tmp_path / "kept", model, 3)
     for tensor, blank in zip(sum(state, []), sum(model.blank_state(3), [])):
         assert tensor.shape == blank.shape and tensor.stride() == blank.stride()
 
 
-def test_a_long_run_of_bytes_is_kept_whole(folder, tmp_path):
+@pytest.mark.parametrize("prompt, made", [("é", "😀" * 50), ("😀", ""), ("é", "€")])
+def test_a_state_file_keeps_what_waits_and_not_what_was_shown(folder, tmp_path, prompt, made):
     model = Mamba.from_pretrained(folder)
-    sample.save_state(tmp_path / "kept", model.blank_state(1), [*("😀" * 50).encode()])
-    _, last = sample.load_state(tmp_path / "kept", model, 1)
-    assert Text(fallback_tokenizer(), last, "").rest() == "😀" * 50
+    text = Text(fallback_tokenizer(), prompt)
+    for token in made.encode():
+        assert text.add(token) == ""
+    sample.save_state(tmp_path / "kept", model.blank_state(1), 1, text)
+    _, kept = sample.load_state(tmp_path / "kept", model, 1)
+    assert kept["last"] == [1] and Text(fallback_tokenizer(), "", kept["shown"], kept["waiting"]).rest() == made
 
 
 def test_ctrl_c_keeps_the_state_of_what_was_written(folder, run, tmp_path):
