@@ -298,6 +298,42 @@ def tree() -> str:
     return svg(660, 474, "The parallel scan of eight steps in five moves", marks)
 
 
+def passes() -> str:
+    """The three passes of scan_triton.py, over four chunks. Time goes from left to right."""
+    def starts(k):                      # where chunk k begins; behind the last one its end
+        return 250 + 160 * k
+
+    def steps(k, y, color):
+        """Chunk k as a row of steps, one after the other."""
+        marks = [line((starts(k), y), (starts(k) + 132, y), classes=f"line{color}")]
+        return marks + [dot(starts(k) + 12 + 24 * i, y, color) for i in range(6)]
+
+    marks = []
+    for y, name, words in [(60, "pass 1", ["every chunk at once,", "from a state of 0"]),
+                           (190, "pass 2", ["one step a chunk,", "chunk after chunk"]),
+                           (320, "pass 3", ["every chunk at once, from", "the state that enters it"])]:
+        marks.append(text(24, y - 8, name, "", "start"))
+        for i, each in enumerate(words):
+            marks.append(text(24, y + 12 + 17 * i, each, "small soft", "start"))
+    for k in range(4):
+        middle = starts(k) + 66
+        # pass 1: all steps of a chunk become one
+        marks.append(text(starts(k) - 9, 65, "0", "small soft"))
+        marks += steps(k, 60, 0)
+        marks += [arrow((middle, 70), (middle, 96)), *box(middle - 58, 96, 116, 40, "decay, local", "one merged step")]
+        # pass 2: the walk over those
+        marks += [dot(starts(k) - 12, 190, 2, 7), arrow((starts(k) - 4, 190), (starts(k + 1) - 20, 190))]
+        marks += [arrow((middle, 136), (middle, 184)), text(middle, 210, "decay · h + local", "small")]
+        # pass 3: the chunk's steps again, now from the right state
+        marks += [arrow((starts(k) - 12, 198), (starts(k) - 12, 320), (starts(k), 320)), *steps(k, 320, 1)]
+        for i in range(6):
+            x = starts(k) + 12 + 24 * i
+            marks += [arrow((x, 326), (x, 350)), text(x, 366, "y", "small")]
+    marks += [text(starts(0) - 24, 186, "h0", "", "end"), dot(starts(4) - 12, 190, 2, 7)]
+    marks.append(text(starts(4) - 12, 176, "last h"))
+    return svg(930, 392, "The scan on a GPU in three passes: a chunk of steps is one merged step", marks)
+
+
 def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
     from train import RECIPES, batch_size, context_length, learning_rate    # here: it takes seconds to import
@@ -334,8 +370,8 @@ def cost() -> str:
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
 
-PICTURES = {"block.svg": block, "tree.svg": tree, "schedule.svg": schedule, "loss.svg": loss,
-            "cost.svg": cost}
+PICTURES = {"block.svg": block, "tree.svg": tree, "passes.svg": passes, "schedule.svg": schedule,
+            "loss.svg": loss, "cost.svg": cost}
 
 
 def main() -> None:

@@ -251,7 +251,7 @@ def shortage(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool,
         return words + f"--checkpoint-activations with --micro-batch {min(small_rows, micro_batch):.0f} fits"
     if not offload and kept <= host_bytes:
         return words + f"--offload keeps {gb(kept)} of this in the host's memory"
-    return words + "use more GPUs, or a shorter --context"
+    return words + "use more GPUs, a shorter --context or a smaller model"
 
 
 def check_memory(args, recipe, config: MambaConfig, world: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
+import tests.plan
 import train
 from mamba import Mamba, MambaConfig
 from tests.plan import (AT_LEAST, check_memory, count_steps, flops_per_token, memory, plan, shortage,
@@ -52,6 +53,21 @@ def test_the_steps_that_it_counts_are_those_that_training_takes(recipe):
         tokens += batch_size(recipe, tokens) * context_length(recipe, tokens)
         steps += 1
     assert count_steps(recipe) == steps and sum(more for _, _, more, _ in stretches(recipe)) == tokens
+
+
+@pytest.mark.parametrize("flags, config", [
+    ("", MambaConfig(vocab_size=257, **train.TINY)),
+    ("--d-model 64", MambaConfig(vocab_size=257, **train.TINY | {"d_model": 64})),
+    ("--recipe falcon-mamba-7b", MambaConfig()),
+    ("--init-from small", MambaConfig(vocab_size=300, d_model=16, n_layer=1)),
+    ("--init-from tiiuae/Falcon3-Mamba-7B-Base", MambaConfig()),
+])
+def test_a_plan_is_of_the_model_that_the_command_would_train(monkeypatch, tmp_path, capsys, flags, config):
+    monkeypatch.chdir(tmp_path)
+    Mamba(MambaConfig(vocab_size=300, d_model=16, n_layer=1)).save_pretrained(tmp_path / "small")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *flags.split()])
+    train.main()
+    assert f"({flops_per_token(config):.3g} a token)" in capsys.readouterr().out
 
 
 def test_a_plan_of_1e18_tokens_takes_no_longer():
@@ -145,6 +161,14 @@ def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_hel
     found = shortage(MambaConfig(), world, BF16, "--offload" in flags, 80e9, host, 16, 8192,
                      "--checkpoint-activations" in flags)
     assert "\n" not in found and all(word in found for word in words), found
+
+
+def test_before_a_run_begins_its_memory_is_checked(monkeypatch):
+    monkeypatch.setattr(tests.plan, "machine_memory", lambda: 32e9)
+    options = train.Options(device=torch.device("cpu"))
+    check_memory(options, RECIPES["tiny"], MambaConfig(vocab_size=257, **train.TINY), 1)
+    with pytest.raises(ValueError, match="has 32.0 GB: 116.4 GB for weights"):
+        check_memory(options, RECIPES["continue"], MambaConfig(), 1)
 
 
 @pytest.mark.parametrize("world, offload, rows", [(1, True, 4), (8, False, 3), (256, False, 3)])
