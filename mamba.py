@@ -166,7 +166,7 @@ class Mixer(nn.Module):
         bias = self.conv1d.bias
         bias = weight.new_zeros(1) if bias is None else bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
-        past = window[:, l:].clone()        # a view would keep the whole window in memory
+        past = window[:, l:].clone(memory_format=torch.contiguous_format)   # no view: all of window
         window = window.float()
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
         if reset is None:
@@ -455,7 +455,7 @@ PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state"
              "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
              "bias": "use_bias", "conv_bias": "use_conv_bias",
              "tie_embeddings": "tie_word_embeddings"}
-UNQUANTISED = "load the unquantised one, from which sample.py --quantize nf4 makes 4 bits"
+UNQUANTISED = "load the unquantised one, from which sample.py --quantize int4 makes 4 bits"
 
 
 def require(config: MambaConfig, kind: type, low: float, high: float, *names: str) -> None:
