@@ -307,6 +307,8 @@ class Mamba(nn.Module):
         `tensors`, from name to value, stand in for the model's own where those are divided among
         machines. OSError if that fails. What was there before is then left as it was.
         """
+        if any(isinstance(module, Int4Linear) for module in self.modules()):
+            raise ValueError("a model in four bits cannot be saved; load it without quantize")
         folder = Path(folder)
         tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}
         config = folder / "config.json.partial"
