@@ -141,7 +141,8 @@ class Text:
     on those before it: often the first word of a text loses its space. So they are decoded together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, shown: list[int] = [], waiting: list[int] = []):
+    def __init__(self, tokenizer: Tokenizer, prompt: str,
+                 shown: list[int] = [], waiting: list[int] = []):
         """Begin with a prompt, or go on from what another run has shown and what it has not."""
         self.tokenizer = tokenizer
         self.shown = [*shown]           # the last tokens that were shown
@@ -205,13 +206,12 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
 
 def save_state(path: Path, state: State, last: int, text: Text) -> None:
     """Keep a text's state, its last token, which the state has not read, and what is to be shown."""
-    file = save({
-        "conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm), "last": torch.tensor([last]),
-        "shown": torch.tensor(text.shown, dtype=torch.int64),
-        "waiting": torch.tensor(text.waiting, dtype=torch.int64)})
+    tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
+    for name, tokens in ("last", [last]), ("shown", text.shown), ("waiting", text.waiting):
+        tensors[name] = torch.tensor(tokens, dtype=torch.int64)
     new = path.with_name(path.name + ".partial")
     try:
-        new.write_bytes(file)
+        new.write_bytes(save(tensors))
         replace_file(new, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from error
@@ -231,7 +231,8 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, dict[str, l
     for name, layers in ("conv", state.conv), ("ssm", state.ssm):
         tensor = found[name]
         needed = [len(layers), 1, *layers[0].shape[1:]]
-        if [*tensor.shape] != needed or not tensor.is_floating_point():
+        is_float = tensor.is_floating_point() and tensor.itemsize > 1       # 8 bits would be too few
+        if [*tensor.shape] != needed or not is_float:
             raise ValueError(f"{path} has {name} of {[*tensor.shape]} in {tensor.dtype}, "
                              f"but this model needs {needed} in floats")
         if not tensor.float().isfinite().all():
@@ -244,10 +245,12 @@ def load_state(path: Path, model: Mamba, batch: int) -> tuple[State, dict[str, l
     for name in "last", "shown", "waiting":
         values = found.get(name, none)      # former versions kept the first only
         is_list = values.dtype == torch.int64 and values.dim() == 1
-        is_whole = name != "last" or values.numel() == 1
-        if not is_list or not is_whole or values.lt(0).any() or values.ge(size).any():
-            raise ValueError(f"{path} is damaged: {name} is no list of tokens from 0 to {size - 1}, "
-                             f"but {values.tolist()!r:.200}")
+        if not is_list or (name == "last" and len(values) != 1):
+            raise ValueError(f"{path} has {name} of {[*values.shape]} in {values.dtype}, "
+                             "but needs a list of tokens in torch.int64, and one that is last")
+        if values.lt(0).any() or values.ge(size).any():
+            raise ValueError(f"{path} is damaged: {name} has tokens that are not from 0 to {size - 1}: "
+                             f"{values.tolist()!r:.200}")
         tokens[name] = values.tolist()
     return state, tokens
 
@@ -360,6 +363,7 @@ def ctrl_c() -> Event:
 
     def press(_number, _frame):
         pressed.set()
+        tell("\nending after this token, to keep its state; Ctrl-C again ends at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGINT, press)
     return pressed
@@ -375,12 +379,12 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer, stop = load(args)
     rows = [encode(tokenizer, prompt) for prompt in prompts] * args.num_samples
     prompts = prompts * args.num_samples
-    texts = [Text(tokenizer, prompt) for prompt in prompts]
     state = None
+    kept = {"last": [], "shown": [], "waiting": []}
     if args.load_state:
         state, kept = load_state(args.load_state, model, len(rows))
-        rows = [kept["last"] + row for row in rows]
-        texts = [Text(tokenizer, prompt, kept["shown"], kept["waiting"]) for prompt in prompts]
+    rows = [kept["last"] + row for row in rows]         # a kept state has not read the last token
+    texts = [Text(tokenizer, prompt, kept["shown"], kept["waiting"]) for prompt in prompts]
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
     tokens, reset = padded(rows, args.device)
@@ -415,9 +419,8 @@ def report(times: list[float], rows: list[list[int]], model: Mamba) -> None:
         if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
             read -= model.backbone.embeddings.weight.nbytes
         facts += f"; decode {rate * len(rows):.1f} tokens/s, {rate * read / 1e9:.1f} GB/s of weights"
-    device = model.backbone.embeddings.weight.device
-    if device.type == "cuda":
-        facts += f"; at most {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    if model.lm_head.weight.is_cuda:
+        facts += f"; at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
     elif os.name == "posix":
         import resource     # not on Windows
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,7 +18,8 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
 A batch that fills the GPU by itself is not cut and needs pass 3 only. The backward is three such
 passes from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes
 step_kernel. `python scan_triton.py` compiles them all for an H100, with or without a GPU, and
-estimates their time, which was never measured. Next: mamba.py.
+estimates their time, which was never measured. It prints the registers, on which it depends how
+many warps fit. Next: mamba.py.
 
 Sizes: b batch, l length, d channels, n states of a channel.
 """
@@ -32,17 +33,17 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = tl.constexpr(32)     # of a program
+CHANNELS = tl.constexpr(32)     # of a program: one for each thread
 STEPS = 4                       # a block of steps is loaded at once, before the first is computed
 KEEP = 256                      # the forward keeps a state at least every so many steps
 SCRATCH = 500 << 20             # bytes: the backward takes as many chunks at a time as fit in here
-WARPS = 21                      # about as many fit on a multiprocessor in pass 3, by registers
+WARPS = 21                      # about so many fit on an H100's multiprocessor in pass 3
 LOG2E = tl.constexpr(1.4426950408889634)    # exp(v) = exp2(v log2(e)), and a GPU has exp2
 
 # Triton compiles a kernel anew for an argument of 1 and for multiples of 16. Not for these.
 LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
-# Of addresses known to be multiples of 16, a thread would take 4 channels and n / 4 states of each.
-# The sum over n would then pass between threads. So Triton is not told about these.
+# If Triton knew that these addresses are multiples of 16, it would give a thread 4 channels and
+# n / 4 states of each. A sum over n would then pass between threads.
 STATES = ["A_ptr", "start_ptr", "h_ptr", "kept_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 channel_a_thread = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
@@ -70,7 +71,7 @@ def decay_in(time, A, reset):
 
 
 @triton.jit
-def find_chunk(l, since, chunk, chunks, d: tl.constexpr):
+def find_chunk(l, since, chunk, chunks, d):
     # A sequence has `chunks` chunks of `chunk` steps, from step `since` on. The program's is the
     # k-th of all sequences: an int64, because offsets are made from it, and b * l * d passes 2^31.
     k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
@@ -79,7 +80,7 @@ def find_chunk(l, since, chunk, chunks, d: tl.constexpr):
 
 
 @triton.jit
-def find_channels(d: tl.constexpr, n: tl.constexpr):
+def find_channels(d, n):
     # The program's channels c, a power of 2 of states i, and where both lie in a tensor (n, d). In
     # this order, neighbouring threads read neighbours.
     c = tl.program_id(0) % tl.cdiv(d, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
@@ -88,12 +89,12 @@ def find_channels(d: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, at, mask, other: tl.constexpr = 0.0):
+def load(ptr, at, mask, other=0.0):
     return tl.load(ptr + at, mask, other).to(tl.float32)
 
 
 @triton.jit
-def load_rows(ptr, row, left, c, d: tl.constexpr, STEPS: tl.constexpr, other: tl.constexpr = 0.0):
+def load_rows(ptr, row, left, c, d, STEPS, other=0.0):
     # A block: STEPS rows of a tensor (b, l, d), if it is not None. `left` of them are in the chunk.
     rows = ()
     if ptr is not None:
@@ -103,7 +104,7 @@ def load_rows(ptr, row, left, c, d: tl.constexpr, STEPS: tl.constexpr, other: tl
 
 
 @triton.jit
-def store_rows(ptr, rows, row, left, c, d: tl.constexpr, STEPS: tl.constexpr):
+def store_rows(ptr, rows, row, left, c, d, STEPS):
     for s in tl.static_range(STEPS):
         tl.store(ptr + (row + s) * d + c, rows[s], s < tl.where(c < d, left, 0))
 
@@ -114,7 +115,7 @@ def load_reset(ptr, at, mask):
 
 
 @triton.jit
-def load_BC(ptr, row, s, left, i, n: tl.constexpr):
+def load_BC(ptr, row, s, left, i, n):
     # Row s of a block of (b, l, n). After the end it is the last one again, and gets multiplied by
     # 0. That is less work than a mask.
     return load(ptr + row * n, tl.minimum(s, left - 1) * n + i, i < n)
@@ -186,7 +187,7 @@ def carry_kernel(h_ptr,             # (b, size): what enters the first, then wha
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                 start_ptr,          # (b, chunks, n, d): what enters each chunk
                 y_ptr,              # (b, l, d) out
-                kept_ptr,           # (b, chunks * chunk / keep, n, d) out
+                kept_ptr,           # (b, l / keep rounded up, n, d) out
                 h_ptr,              # (b, n, d) out: the last state
                 l, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
     k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
@@ -195,7 +196,7 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     h = load(start_ptr + k * n * d, tile, inside)
-    kept = k * (chunk // keep)
+    kept = sequence * tl.cdiv(l, keep) + start // keep
     for keep_start in range(start, end, keep):
         tl.store(kept_ptr + kept * n * d + tile, h, inside)
         kept += 1
@@ -406,17 +407,17 @@ def launch(kernel, rows: int, width: int, *args, **sizes) -> None:
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
     """How many chunks to cut time into."""
     warps = max(1, b * triton.cdiv(d, CHANNELS))
-    # Chunks are walked twice. One chunk is walked once: faster, if it takes half of all places.
+    # Chunks are walked twice. One is walked once, which is faster if it fills half of the GPU.
     if warps >= sm_count * WARPS / 2:
         return 1
-    # Three warps for each place, so that it costs little if the last ones leave places empty.
+    # Fill the GPU three times over. Then it matters little if the last warps do not fill it.
     wanted = triton.cdiv(3 * sm_count * WARPS, warps)
-    # No fewer than 128 steps. The state kept is then a quarter of x's bytes in bf16, for n = 16.
+    # After 128 steps, a state of n = 16 in fp32 is a quarter of the chunk's x in bf16.
     return max(1, min(wanted, l // 128))
 
 
 def cut_time(x: Tensor) -> tuple[int, int, int]:
-    """How many chunks, the steps of one, and how many of them lie between two kept states."""
+    """How many chunks, the steps of one, and how many of these lie between two kept states."""
     b, l, d = x.shape
     sm_count = 132                                  # an H100's
     if x.is_cuda:
@@ -426,6 +427,14 @@ def cut_time(x: Tensor) -> tuple[int, int, int]:
     keep = triton.cdiv(chunk, parts * STEPS) * STEPS
     chunk = parts * keep
     return triton.cdiv(l, chunk), chunk, keep
+
+
+def block_steps(n: int) -> int:
+    """Steps of a block in the backward, which holds all its states in registers. More than 32
+    states of a channel go to slower memory even so."""
+    if n <= 16:
+        return STEPS
+    return 2 if n <= 32 else 1
 
 
 def contiguous(*tensors):
@@ -455,8 +464,8 @@ def scan(h0, *inputs):
 @scan.register_fake
 def empty_outputs(h0, x, *_):
     b, n, d = h0.shape
-    chunks, chunk, keep = cut_time(x)
-    kept = h0.new_empty(b, chunks * chunk // keep, n, d)
+    _, _, keep = cut_time(x)
+    kept = h0.new_empty(b, triton.cdiv(x.shape[1], keep), n, d)
     return x.new_empty(x.shape), h0.new_empty(h0.shape), kept
 
 
@@ -472,7 +481,7 @@ def scan_backward(dy, dh, kept, *inputs):
         sum_of_chunks.zero_()
     b, n, d = dh.shape
     _, _, chunk = cut_time(dy)
-    blocks_bytes = 4 * b * chunk // STEPS * n * d
+    blocks_bytes = 4 * b * chunk // block_steps(n) * n * d
     sums_bytes = 4 * b * chunk * triton.cdiv(d, CHANNELS) * n * 2
     group = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
     for k in reversed(range(0, kept.shape[1], group)):
@@ -481,13 +490,14 @@ def scan_backward(dy, dh, kept, *inputs):
 
 
 def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
-    """The backward of the chunks that begin at step `since` with the states `start`."""
+    """Fill in the gradients of chunks that begin at step `since`, with the states `start`."""
     dh0, dx, ddt, dA, dB, dC, dD, dbias = grads[:8]
     dz = grads[8] if len(grads) > 8 else None
     b, chunks, n, d = start.shape
     rows = b * chunks
-    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
-    blocks = start.new_empty(b, chunks * chunk // STEPS, n, d)
+    steps = block_steps(n)
+    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=steps)
+    blocks = start.new_empty(b, chunks * chunk // steps, n, d)
     decay = start.new_empty(b, chunks, n, d)
     local = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
     launch(replay_kernel, rows, d, *inputs, start, dy, dz, blocks, decay, local, **sizes)
@@ -519,7 +529,7 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, dy, dh, dkept):
     grads = scan_backward(dy, dh, *ctx.saved_tensors)
-    return *grads, *[None] * (10 - len(grads))      # z, if it is None, and reset
+    return *grads, *[None] * (10 - len(grads))      # of z, if it is None, and reset
 
 
 scan.register_autograd(backward, setup_context=setup_context)

@@ -4,19 +4,16 @@
     python sample.py --model out --prompt "def "    what it learned
     python train.py --resume                        after Ctrl-C or a power cut: go on
     python train.py --init-from tiiuae/falcon-mamba-7b-pre-decay --data mine/ --out tuned
-    python train.py --data code=src/ --data prose=books/ --mixture "code:7 prose:3" --out mine
-    python train.py --data web/ --tokenizer tokenizer.json --tokenize-to corpus/    a text beyond memory
-    python train.py --eval-only --init-from out --data texts/                       the loss on some text
-    torchrun --nproc-per-node 8 train.py --data corpus/ --out big                   on 8 GPUs: README.md
 
-From top to bottom: the recipe, the data, the loss, many GPUs, the trainer, the command line.
+README.md has more. From top to bottom: the recipe, the data, the loss, many GPUs, the trainer, the
+command line. The recipe is that of the Falcon-Mamba report, arXiv 2410.05355, section 3. What was never
+published is marked "our choice", what we read only in summaries of the report "secondary".
 
-The recipe is that of the Falcon-Mamba report, arXiv 2410.05355, section 3. What was never published is
-marked "our choice", what we read only in summaries of the report "secondary". Learning rate, batch size,
-context length and the rows of each batch depend only on the recipe, the data and the tokens trained on so
-far. So the loss curve is the same on one GPU or on eight, and with or without an interruption.
+Learning rate, batch size, context length and the rows of each batch depend on the recipe, on the data and
+on the tokens trained on so far, and on nothing else. So the loss curve is the same on one GPU or on eight,
+and with or without an interruption.
 
-A row is a piece of text that the model sees at once. A step is one update of the weights. A rank is one
+A row is a stretch of text that the model sees at once. A step is one update of the weights. A rank is one
 of the processes that train together. Sizes in the shape comments: b batch, l length, m d_model.
 """
 import argparse
@@ -66,7 +63,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Stage:
     """A part of the run, from the token `start` to the next stage."""
     start: int
-    context: int        # tokens in a row
+    context: int        # tokens per row
     mixture: str        # each source's share of the rows, as "web:9 code:1"
 
 def flag(default, help, low=0, high=2**60, **more):
@@ -125,7 +122,7 @@ def stage_at(recipe: Recipe, tokens: int) -> Stage:
     return [stage for stage in recipe.stages if stage.start <= tokens][-1]
 
 def context_length(recipe: Recipe, tokens: int) -> int:
-    """Tokens in a row of the batch that starts after `tokens` tokens."""
+    """Tokens per row of the batch that starts after `tokens` tokens."""
     return stage_at(recipe, tokens).context
 
 def progress(tokens: int, length: int) -> float:
@@ -138,11 +135,10 @@ def batch_size(recipe: Recipe, tokens: int) -> int:
     return round(recipe.batch_start + growth * progress(tokens, recipe.ramp_tokens))
 
 def learning_rate(recipe: Recipe, tokens: int) -> float:
-    """Warmup, stable, decay, times sqrt(batch / lr_batch), which the report calls BatchScaling.
+    """Warmup, stable, decay. The rate grows with sqrt(batch), which the report calls BatchScaling.
 
-    Adam divides the gradient by its size, so its step is about as long as the rate, whatever the batch.
-    The noise in the gradient falls with sqrt(batch). The report keeps rate / sqrt(batch), its "noise
-    temperature", constant while the batch grows.
+    Adam's step is about as long as the rate, whatever the batch, and its noise falls with sqrt(batch). So
+    rate / sqrt(batch), the report's "noise temperature", stays constant while the batch grows.
     """
     rate = recipe.lr * math.sqrt(batch_size(recipe, tokens) / recipe.lr_batch)
     rate *= progress(tokens, recipe.warmup_tokens)
@@ -151,20 +147,17 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
         rate *= recipe.decay_factor ** -progress(decaying, recipe.decay_tokens)
     return rate
 
-def scaled(recipe: Recipe, total: int) -> Recipe:
-    """The same recipe over another number of tokens: each phase and stage keeps its share."""
+def scaled(recipe: Recipe, total: int, given: dict) -> Recipe:
+    """The recipe over `total` tokens: each phase and stage keeps its share. `given` fields are then set."""
     def scale(tokens: int) -> int:
         return tokens * total // recipe.total_tokens
 
-    return replace(recipe, total_tokens=total, warmup_tokens=scale(recipe.warmup_tokens),
-                   ramp_tokens=scale(recipe.ramp_tokens), decay_tokens=scale(recipe.decay_tokens),
-                   stages=tuple(replace(stage, start=scale(stage.start)) for stage in recipe.stages))
-
-def adapted(recipe: Recipe, total: int, given: dict) -> Recipe:
-    """The recipe over `total` tokens, but for the fields that the command line gives."""
-    recipe = replace(scaled(recipe, total), **given)
+    longer = {"total_tokens": total, "warmup_tokens": scale(recipe.warmup_tokens),
+              "ramp_tokens": scale(recipe.ramp_tokens), "decay_tokens": scale(recipe.decay_tokens),
+              "stages": tuple(replace(stage, start=scale(stage.start)) for stage in recipe.stages)}
+    recipe = replace(recipe, **longer | given)
     if "lr" in given and "lr_batch" not in given:
-        recipe = replace(recipe, lr_batch=recipe.batch_end)     # who gives a peak means the peak
+        recipe = replace(recipe, lr_batch=recipe.batch_end)     # --lr is then the peak itself
     return recipe
 
 FALCON = Recipe(
@@ -186,8 +179,8 @@ FALCON = Recipe(
             Stage(3500 * GT, 8192, "refinedweb:78 technical:9 code:8 math:5"),
             Stage(4500 * GT, 8192, "refinedweb:70 technical:11 code:12 math:7"),
             Stage(5000 * GT, 8192, "refinedweb:45 finewebedu:25 technical:10 code:12 math:8")))
-# The published pre-decay checkpoint is the model before that decay. Its optimizer's state was not
-# published, so the learning rate must warm up again: over 2 GT, our choice.
+# The pre-decay checkpoint is the model before that decay. Its optimizer's state was not published, so the
+# rate must warm up again: over 2 GT, our choice.
 CONTINUE = replace(FALCON, init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT,
                    warmup_tokens=2 * GT, ramp_tokens=0, stages=(replace(FALCON.stages[-1], start=0),))
 RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": FALCON, "continue": CONTINUE}
@@ -252,49 +245,49 @@ def text_files(paths: list[Path]) -> list[Path]:
 
 def text_pieces(path: Path) -> Iterator[str]:
     """A file's text, in pieces that are small, however long its lines are."""
-    with path.open(encoding="utf-8", newline="") as file:           # "\r\n" stays what it is
+    with path.open(encoding="utf-8", newline="") as file:           # keeps "\r\n"
         piece = file.read(2**18)
         while piece:
-            yield piece + file.readline(2**12)      # to a line's end, if it is near: a cut word has other tokens
+            yield piece + file.readline(2**12)      # up to a line's end if possible, to cut no word
             piece = file.read(2**18)
-
-def token_type(tokenizer: Tokenizer) -> type:
-    return np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32
 
 def tokenized(paths: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.ndarray]:
     """The tokens of all this text, piece by piece, with `end` after each file."""
     tokenizer.encode_special_tokens = True          # a text that spells <|endoftext|> does not end there
+    dtype = token_dtype(tokenizer)
     files = text_files(paths)
-    size = sum(path.stat().st_size for path in files)
-    quiet = True if rank() > 0 else None            # None: only a terminal gets a bar
-    bar = tqdm(desc="reading", total=size, unit="B", unit_scale=True, delay=2, disable=quiet)
-    for path in files:
+    hidden = True if rank() > 0 else None           # None: shown on a terminal only
+    for path in tqdm(files, desc="reading", unit="file", delay=2, disable=hidden):
+        count = 0
         try:
             for piece in text_pieces(path):
                 encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
-                yield np.array(encoding.ids, token_type(tokenizer))
-                bar.update(len(piece))
+                yield np.array(encoding.ids, dtype)
+                count += len(encoding.ids)
         except UnicodeDecodeError:
             print(f"skipping {path} from where it is not UTF-8 text", file=sys.stderr)
-        yield np.array([end], token_type(tokenizer))
-    bar.close()
+        if count > 0:
+            yield np.array([end], dtype)
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32)
 
 def tokenize_to(folder: Path, paths: list[Path], tokenizer: Tokenizer, end: int) -> None:
     """Write a corpus, whose tokens training maps into memory."""
     if folder.exists():
         raise ValueError(f"--tokenize-to {folder} exists already; remove it, or name another folder")
-    partial = folder.with_name(folder.name + ".partial")
+    unfinished = folder.with_name(folder.name + ".partial")
     count = 0
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        with (partial / "tokens.bin").open("wb") as file:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(unfinished / "tokenizer.json"))
+        with (unfinished / "tokens.bin").open("wb") as file:
             for part in tokenized(paths, tokenizer, end):
                 file.write(part.tobytes())
                 count += len(part)
-        partial.rename(folder)
+        unfinished.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)      # if it did not come so far
+        shutil.rmtree(unfinished, ignore_errors=True)   # after an error or Ctrl-C
     print(f"{folder}: {count:,} tokens")
 
 def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
@@ -303,14 +296,13 @@ def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"the corpus {folder} is of another tokenizer, of {vocabulary(other)} tokens, than "
                          f"the model, of {vocabulary(tokenizer)}; make it again with the model's --tokenizer")
+    dtype = token_dtype(tokenizer)
     file = folder / "tokens.bin"
-    kind = np.dtype(token_type(tokenizer))
-    length = file.stat().st_size / kind.itemsize
-    tokens = np.memmap(file, kind, "r", shape=int(length)) if length >= 2 else np.zeros(2, kind)
-    # Cut short, it does not end with a document. In numbers of 32 bits, half of what is read is 0.
-    if length % 1 != 0 or tokens[-1] != end or not tokens[1:2**16:2].any():
-        raise ValueError(f"{file} does not hold documents of {kind} that end with {end}; make it again with "
-                         "--tokenize-to")
+    count = file.stat().st_size // dtype.itemsize
+    tokens = np.memmap(file, dtype, "r", shape=count) if count else np.zeros(1, dtype)
+    # It ends with a document and one `end`. A file that was cut, or of numbers of another width, does not.
+    if file.stat().st_size != tokens.nbytes or tokens[-1] != end or tokens[-2:].tolist() == [end, end]:
+        raise ValueError(f"{file} does not end like {dtype} tokens with one {end}; make it again with --tokenize-to")
     return tokens
 
 @dataclass
@@ -319,18 +311,18 @@ class Source:
     held_out: np.ndarray
     training: np.ndarray
 
-    def row(self, read: int, context: int, longest: int, seed: int) -> np.ndarray:
-        """The row that follows when `read` tokens have been read, and its last target: (context + 1,).
+    def row(self, position: int, context: int, longest: int, seed: int) -> np.ndarray:
+        """The row, and its last target, at this position of the order in which the source is read.
 
         The text is cut into pieces of the longest context. They are visited in strides of about 0.6 of
-        their number, which scatters the documents. The stride has no factor in common with that number,
-        so all pieces are read before any is read again.
+        their number, so that neighbours in time lie far apart. The stride and that number have no common
+        factor, so all pieces are read before any is read again. Returns (context + 1,).
         """
         pieces = (len(self.training) - 1) // longest
         stride = max(1, round(0.618 * pieces))
         while math.gcd(stride, pieces) > 1:
             stride += 1
-        visited, inside = divmod(read, longest)
+        visited, inside = divmod(position, longest)
         first = int(np.random.default_rng(seed).integers(pieces))
         start = (first + visited * stride) % pieces * longest + inside
         return self.training[start:start + context + 1]
@@ -341,8 +333,8 @@ def read_source(paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
         tokens = read_corpus(paths[0], tokenizer, end)
     else:
         tokens = np.concatenate([*tokenized(paths, tokenizer, end)] or [np.zeros(0, int)])
-    # A twentieth, at most a million tokens, and the rest of its last document if that is near. It hangs
-    # on the text alone, so that no run trains on what another evaluates.
+    # A twentieth, at most a million tokens, and the rest of its last document if that is near. It depends
+    # on the tokens alone, so that no run trains on what another evaluates.
     cut = min(len(tokens) // 20, 2**20)
     ends = np.flatnonzero(tokens[cut:2 * cut] == end)
     if len(ends) > 0:
@@ -350,51 +342,44 @@ def read_source(paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
     return Source(held_out=tokens[:cut], training=tokens[cut:])
 
 def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
-                read: dict[str, int]) -> list[np.ndarray]:
+                positions: dict[str, int]) -> list[np.ndarray]:
     """The rows of the batch that starts after `tokens` tokens.
 
-    `read` says how many tokens of each source have been read, and is moved on.
+    `positions` says how far each source has been read, in tokens, and is moved on.
     """
     stage = stage_at(recipe, tokens)
     share = shares(stage.mixture)
-    random = np.random.default_rng((recipe.seed, tokens))
+    generator = np.random.default_rng((recipe.seed, tokens))
     rows = []
-    for name in random.choice([*share], batch_size(recipe, tokens), p=[*share.values()]):
-        # After a stage of shorter rows a source goes on where a row of this length may begin.
-        begin = math.ceil(read[name] / stage.context) * stage.context
-        rows.append(sources[name].row(begin, stage.context, recipe.longest, recipe.seed))
-        read[name] = begin + stage.context
+    for name in generator.choice([*share], batch_size(recipe, tokens), p=[*share.values()]):
+        # A stage of longer rows goes on at the next multiple of their length.
+        position = math.ceil(positions[name] / stage.context) * stage.context
+        rows.append(sources[name].row(position, stage.context, recipe.longest, recipe.seed))
+        positions[name] = position + stage.context
     return rows
 
-def fitted(recipe: Recipe, sources: dict[str, Source], given: dict, context_given: bool) -> Recipe:
+def fitted(recipe: Recipe, sources: dict[str, Source], given: dict, any_context: bool) -> Recipe:
     """The recipe for continuing, in the size of the data, but for what the command line gives.
 
-    The run takes one epoch. The held-out text has eight rows or more, and the run 200 steps or more: with
-    little text a batch has few rows, and the learning rate follows. These numbers are our choice.
+    The run is one epoch. It takes at least 200 steps, and the held-out text has at least eight rows: with
+    little text rows are shorter, a batch has fewer, and the rate follows. These numbers are our choice.
     """
     stage = recipe.stages[0]
     shortest = min(len(source.held_out) for source in sources.values())
-    while not context_given and stage.context > 64 and stage.context * 8 >= shortest:
+    while any_context and stage.context > 64 and stage.context * 8 >= shortest:
         stage = replace(stage, context=stage.context // 2)
     share = shares(stage.mixture)
-    epochs = [len(sources[name].training) / share[name] for name in share if share[name] > 0]
-    total = given.get("total_tokens", int(min(epochs)))
+    lengths = [len(sources[name].training) / share[name] for name in share if share[name] > 0]
+    total = given.get("total_tokens", int(min(lengths)))
     rows = max(1, total // (200 * stage.context))
-    given = {"batch_end": min(rows, recipe.batch_end)} | given
-    return adapted(replace(recipe, stages=(stage,)), total, given)
-
-def check_lengths(recipe: Recipe, sources: dict[str, Source]) -> None:
-    for name, source in sources.items():
-        for part, tokens in vars(source).items():
-            if len(tokens) <= recipe.longest:           # a row's last target is one token more
-                raise ValueError(f"{name} has {len(tokens)} {part} tokens, too few for --context {recipe.longest}; "
-                                 "give it more text, or a smaller --context")
+    batch = {"batch_end": min(rows, recipe.batch_end)}
+    return scaled(replace(recipe, stages=(stage,)), total, batch | given)
 
 
 # The loss
 
-# Activation checkpointing: keep a function's arguments alone, and run it again for the backward pass.
-rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+# Activation checkpointing: only a function's arguments are kept, and the backward pass runs it again.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 class Objective(nn.Module):
     """The model with its loss. One module, because FSDP gathers weights when a module is called."""
@@ -407,18 +392,18 @@ class Objective(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """The sum of -log p over all tokens of rows (b, l + 1) but each first one, in nats.
 
-        A token of -100 counts nothing. The logits are made for 1024 tokens at a time, and once more for
-        the backward pass. All at once they would be the largest tensor: 2 GB for one row of the 7B.
+        Targets of -100 are padding. The logits are made for 1024 tokens at a time, and once more for the
+        backward pass. All at once they would be the largest tensor: 2 GB for one row of the 7B.
         """
         tokens = rows[:, :-1].clamp(min=0)                              # (b, l)
         targets = rows[:, 1:]                                           # (b, l)
-        starts = F.pad(tokens[:, :-1] == self.end, (1, 0))              # (b, l): after an end
+        reset = F.pad(tokens[:, :-1] == self.end, (1, 0))               # (b, l): after an end
         state = self.model.blank_state(len(tokens))
-        hidden, _ = self.model.backbone(tokens, state, starts)          # (b, l, m)
-        pieces = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
-        return sum(rerun(self.piece, part, wanted) for part, wanted in pieces)
+        hidden, _ = self.model.backbone(tokens, state, reset)           # (b, l, m)
+        parts = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
+        return sum(recomputed(self.loss_of, *part) for part in parts)
 
-    def piece(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.model.lm_head(hidden).float()
         return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -442,8 +427,8 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers a block's as it runs.
 
     The large products are gathered and multiplied in `dtype`. The rest of a block is small and stays
-    fp32: A_log, whose rounding would be raised to the power of thousands of steps, D, the convolution,
-    the norm, and dt_proj, whose bias of about -7 bf16 would round by 1 % of a step.
+    fp32. The rounding of A_log would be raised to the power of thousands of steps, and that of dt_proj's
+    bias, about -7, would change a token's delta by 1 %.
     """
     options = {"mesh": init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
@@ -455,33 +440,28 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     fully_shard(objective, mp_policy=policy, **options)             # embeddings, last norm, lm_head
 
 def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
-    """The objective on this rank's device, with the weights of `whole`, which only rank 0 needs.
+    """The objective on this rank's device, with the weights of `whole`, which only rank 0 has.
 
     With several ranks, no other one and no GPU ever holds all of it: weights travel tensor by tensor.
     """
-    model = whole
-    if dist.is_initialized():
-        with torch.device("meta"):                              # shapes without memory
-            model = Mamba(config)
-    model.config = config
+    with torch.device("meta"):                                  # shapes without memory
+        model = Mamba(config) if dist.is_initialized() else whole
     objective = Objective(model, end)
-    if args.compile:    # this loop over time would be unrolled: minutes to compile, and no faster
+    if args.compile:    # the CPU's loop over time would be unrolled: minutes to compile, and no faster
         scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
     for block in model.backbone.layers:
         if args.compile:
             block.forward = torch.compile(block.forward)
         if args.checkpoint_activations:
-            block.forward = partial(rerun, block.forward)
+            block.forward = partial(recomputed, block.forward)
     if not dist.is_initialized():
         # To look at a model its own dtype will do. To train it, all weights are fp32.
         return objective.to(args.device, None if args.eval_only else torch.float32)
     products = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     shard(objective, args.device.type, products, args.offload)
     objective.to_empty(device="cpu" if args.offload else args.device)
-    if config.tie_embeddings:                                   # to_empty has made two tensors of it
-        model.lm_head.weight = model.backbone.embeddings.weight
-    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole.state_dict() if whole else {}, options=spread)
+    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if whole else {}, options=from_rank_0)
     return objective
 
 
@@ -514,12 +494,12 @@ class Trainer:
     def __post_init__(self):
         self.model = self.objective.model
         self.adam = optimizer(self.model, self.recipe)
-        self.read = dict.fromkeys(self.sources, 0)      # tokens read of each source
+        self.positions = dict.fromkeys(self.sources, 0)         # how far each source has been read
 
     def passes(self, rows: list[np.ndarray]) -> tuple[Tensor, ...]:
         """This rank's share of the rows, at most --micro-batch at a time: tensors (b, l + 1).
 
-        All ranks must make as many passes. So all have as many rows, the last of which may be of -100.
+        All ranks make the same number of passes. Missing rows are filled with -100.
         """
         mine = np.full((math.ceil(len(rows) / world_size()), len(rows[0])), -100)
         for i, row in enumerate(rows[rank()::world_size()]):
@@ -533,14 +513,14 @@ class Trainer:
         """Train on one batch. Returns the step's figures, which are over all ranks."""
         begin = time.perf_counter()
         context = context_length(self.recipe, self.tokens)
-        rows = choose_rows(self.recipe, self.sources, self.tokens, self.read)
+        rows = choose_rows(self.recipe, self.sources, self.tokens, self.positions)
         count = len(rows) * context
         nats = torch.zeros((), device=self.args.device)
         passes = self.passes(rows)
-        for own in passes:
+        for part in passes:
             if dist.is_initialized():       # gradients add up on each rank, and travel after the last pass
-                self.objective.set_requires_gradient_sync(own is passes[-1])
-            loss = self.objective(own.to(self.args.device))
+                self.objective.set_requires_gradient_sync(part is passes[-1])
+            loss = self.objective(part.to(self.args.device))
             (loss * world_size() / count).backward()        # FSDP takes the mean over ranks
             nats += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -568,9 +548,9 @@ class Trainer:
             starts = range(0, len(source.held_out) - context, context)
             starts = starts[::math.ceil(len(starts) / 128)]         # spread evenly
             rows = [source.held_out[start:start + context + 1] for start in starts]
-            nats = sum(self.objective(own.to(self.args.device)).item() for own in self.passes(rows))
+            nats = sum(self.objective(part.to(self.args.device)).item() for part in self.passes(rows))
             nats = over_ranks(nats)
-            # A row's ends may cut a character. Of it about one byte is left, shown as U+FFFD.
+            # A row's ends may cut a character. What is left of it, about a byte, is shown as U+FFFD.
             texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows])
             size = sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
             per_token = nats / (len(rows) * context)
@@ -583,8 +563,8 @@ class Trainer:
     def settings(self) -> dict:
         """What a checkpoint and the run that goes on from it must agree on."""
         lengths = {name: len(source.training) for name, source in self.sources.items()}
-        settings = asdict(self.recipe) | asdict(self.model.config) | {"data": lengths}
-        return json.loads(json.dumps(settings))     # as it is read again: tuples have become lists
+        everything = asdict(self.recipe) | asdict(self.model.config) | {"data": lengths}
+        return json.loads(json.dumps(everything))       # as it is read again: tuples have become lists
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that steps change: the weights, and Adam's averages and counts."""
@@ -600,29 +580,30 @@ class Trainer:
         gets its name once all is written, so half a checkpoint never has one.
         """
         folder = self.args.out / "checkpoints" / f"step-{self.step:09}"
-        partial = folder.with_suffix(".partial")
-        dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(partial, save_distributed=True))
+        unfinished = folder.with_suffix(".partial")
+        dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(unfinished, save_distributed=True))
         if rank() == 0:                             # dcp.save ends when all ranks have written
-            run = {"settings": self.settings(), "tokens": self.tokens, "read": self.read}
-            write_file(partial / "run.json", json.dumps(run, indent=1).encode())
-            partial.rename(folder)
+            run = {"settings": self.settings(), "tokens": self.tokens, "positions": self.positions}
+            write_file(unfinished / "run.json", json.dumps(run, indent=1).encode())
+            unfinished.rename(folder)
             for old in checkpoints(self.args.out)[:-self.args.keep]:
-                shutil.rmtree(old.rename(old.with_suffix(".partial")))
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))      # half of it has no such name
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. ValueError if it is of another recipe, model or corpus."""
         run = read_json(folder / "run.json")
-        if run.keys() != {"settings", "tokens", "read"}:
+        counts = [run.get("tokens"), *dict(run.get("positions") or {}).values()]
+        if "settings" not in run or any(type(count) is not int or count < 0 for count in counts):
             raise ValueError(f"{folder}/run.json is damaged; remove that folder to go on from the one before it")
         for name, now in self.settings().items():
-            before = run["settings"].get(name)
+            before = dict(run["settings"]).get(name)
             if before != now:
                 raise ValueError(f"{folder} has {name} {before!r:.80}, this command {now!r:.80}; repeat the "
                                  "command that began the run, or begin another with --out")
-        dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder))
+        dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder))     # in place
         self.step = int(folder.name.removeprefix("step-"))
         self.tokens = run["tokens"]
-        self.read = run["read"]
+        self.positions |= run["positions"]
 
     def export(self) -> None:
         """Write the model as it is published: gathered on rank 0, into one file."""
@@ -639,15 +620,15 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*[0-9]"))
 
 def write_file(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    replace_file(partial, path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_bytes(content)
+    replace_file(unfinished, path)
 
 def prepare(out: Path, steps: int) -> None:
-    """The folder of a run that has done `steps` steps. What a killed run left beyond them goes."""
+    """Make the folder of a run that has done `steps` steps, without what a killed run did beyond them."""
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for partial in (out / "checkpoints").glob("*.partial"):
-        shutil.rmtree(partial)
+    for unfinished in (out / "checkpoints").glob("*.partial"):
+        shutil.rmtree(unfinished)
     metrics = out / "metrics.jsonl"
     rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     write_file(metrics, b"".join(row for row in rows[:steps] if row.endswith(b"\n")))
@@ -701,7 +682,7 @@ def train(trainer: Trainer) -> bool:
                 f"batch {row['batch_size']} | {row['tokens_per_s']:.0f} tok/s | {minutes:.1f} min left")
         if args.device.type == "cuda":
             used = utilization(row["tokens_per_s"] / world_size(), trainer.model.config)
-            line += f" | {used:.0%} MFU"
+            line += f" | {used:.0%} MFU"                    # nan for a GPU that tests/plan.py does not know
         for name, (nats, _) in row.get("held_out", {}).items():
             line += f" | held-out {name} {nats:.4f}"
         print(line, flush=True)
@@ -728,12 +709,12 @@ class Options:
     data: list[str] = flag(None, "a source: text file, folder of them, or corpus; repeat for more (default: Python's "
                            "standard library)", action="append", metavar="NAME=PATH")
     mixture: str = flag(None, "the sources' shares, as 'web:9 code:1'")
-    context: int = flag(None, "tokens in a row", type=number(int, 1, 2**20))
-    out: Path = flag(Path("out"), "folder for all results", type=Path)
+    context: int = flag(None, "tokens per row", type=number(int, 1, 2**20))
+    out: Path = flag("out", "folder for all results", type=Path)
     tokenizer: Path = flag(None, "a tokenizer.json (default: the model's, the corpus's, or one token a byte)", type=Path)
     tokenize_to: Path = flag(None, "only write --data to this folder, as a corpus", type=Path)
     resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
-    eval_only: bool = flag(False, "only print the held-out loss of --init-from, or of --out")
+    eval_only: bool = flag(False, "only print the loss of --init-from, or of --out, on the held-out part of --data")
     plan: bool = flag(False, "only print the run's steps, rates, days and memory")
     world_size: int = flag(1, "GPUs, for that plan", 1, 2**20)
     mfu: float = flag(0.18, "the part of a GPU's peak that training reaches, for that plan", 1e-3, 1)
@@ -747,36 +728,97 @@ class Options:
     eval_every: int = flag(200, "steps", 1)
     keep: int = flag(2, "checkpoints", 1)
     device: torch.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one", type=device)
-    own: dict = field(default_factory=dict)         # fields of the recipe that the command line gives
-    sizes: dict = field(default_factory=dict)       # likewise, of a fresh model
+    recipe_fields: dict = field(default_factory=dict)       # those that the command line gives
+    sizes: dict = field(default_factory=dict)               # of a fresh model, likewise
 
 def parse(arguments: list[str]) -> tuple[Options, Recipe]:
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
-    sizes = [f for f in fields(MambaConfig) if not f.name.endswith("_id")]      # ids are the tokenizer's
-    flags = {f.name: f.metadata for f in (*fields(Options), *fields(Recipe)) if f.metadata}
-    flags |= {f.name: flag(f.type(), "of a fresh model").metadata for f in sizes}
-    for name, metadata in flags.items():
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **metadata)
+
+    def add(name: str, default, **more) -> None:
+        parser.add_argument("--" + name.replace("_", "-"), default=default, **more)
+
+    def chosen(cls: type) -> dict:
+        return {f.name: given[f.name] for f in fields(cls) if f.name in given}
+
+    for f in fields(Options)[:-2]:
+        add(f.name, f.default, **f.metadata)
+    for f in fields(Recipe)[:-1]:
+        add(f.name, argparse.SUPPRESS, **f.metadata)
+    for f in fields(MambaConfig):
+        if f.type is bool:
+            add(f.name, argparse.SUPPRESS, help="of a fresh model", action=argparse.BooleanOptionalAction)
+        elif not f.name.endswith("_id"):                    # ids are the tokenizer's
+            add(f.name, argparse.SUPPRESS, help="of a fresh model", type=number(f.type, 0, 2**60))
     given = vars(parser.parse_args(arguments))
 
-    own = {f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given}
-    sizes = {f.name: given.pop(f.name) for f in sizes if f.name in given}
-    args = Options(**given, own=own, sizes=sizes)
-    if args.device == "auto":
-        args.device = device("auto")
-    if args.offload and args.device.type == "cpu" and not args.plan:
-        parser.error("--offload keeps in the host's memory what a GPU would, and --device is cpu")
-    args.recipe = args.recipe or ("continue" if "init_from" in own else "tiny")
+    args = Options(**chosen(Options), recipe_fields=chosen(Recipe), sizes=chosen(MambaConfig))
+    args.recipe = args.recipe or ("continue" if "init_from" in given else "tiny")
     recipe = RECIPES[args.recipe]
     stages = tuple(Stage(stage.start, args.context or stage.context, args.mixture or stage.mixture)
                    for stage in recipe.stages)
-    recipe = adapted(replace(recipe, stages=stages), own.get("total_tokens", recipe.total_tokens), own)
-    if recipe.init_from and sizes:
-        parser.error(f"--init-from brings its own sizes; leave out {', '.join(sizes)}")
+    total = given.get("total_tokens", recipe.total_tokens)
+    recipe = scaled(replace(recipe, stages=stages), total, args.recipe_fields)
+    if recipe.init_from and args.sizes:
+        parser.error(f"--init-from brings its own sizes; leave out {', '.join(args.sizes)}")
+    if args.offload and args.device.type == "cpu" and not args.plan:
+        parser.error("--offload keeps in the host's memory what a GPU would, and --device is cpu")
     return args, recipe
 
+def pick_tokenizer(args: Options, folder: Path | None, paths: list[Path]) -> Tokenizer:
+    """The one that is named, or the model's, or a corpus's, or one token a byte."""
+    corpora = [path for path in paths if (path / "tokens.bin").exists()]
+    if args.tokenizer:
+        return read_tokenizer(args.tokenizer)
+    for home in [folder, *corpora]:
+        if home:
+            return read_tokenizer(home / "tokenizer.json")
+    return byte_tokenizer()
+
+def pick_recipe(args: Options, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
+    """The recipe with the mixture, and if need be the size, of the sources that there are."""
+    if args.eval_only or (len(sources) == 1 and not args.mixture):
+        mixture = " ".join(f"{name}:1" for name in sources)
+        recipe = replace(recipe, stages=tuple(replace(stage, mixture=mixture) for stage in recipe.stages))
+    wanted = {name for stage in recipe.stages for name in shares(stage.mixture)}
+    if wanted != sources.keys():
+        raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture {', '.join(sorted(wanted))}; "
+                         "name the same with --data name=path and --mixture 'name:share ...'")
+    if args.recipe == "continue":
+        recipe = fitted(recipe, sources, args.recipe_fields, any_context=not args.context)
+    for name, source in sources.items():
+        shortest = min(len(source.held_out), len(source.training))
+        if shortest <= recipe.longest:                      # a row's last target is one token more
+            raise ValueError(f"{name} has {len(source.held_out)} held-out and {len(source.training)} training "
+                             f"tokens, too few for --context {recipe.longest}; give it more text, or a smaller one")
+    return recipe
+
+def pick_config(args: Options, folder: Path | None, tokens: int, end: int) -> MambaConfig:
+    """The sizes of the model to start from, or of a fresh one for so many tokens."""
+    if folder:
+        config = MambaConfig.from_json(folder / "config.json")
+        if config.eos_token_id == 0:        # a default, which the pre-decay file has: no end of a text
+            config.eos_token_id = end
+    else:
+        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        tiny = TINY if args.recipe == "tiny" else {}
+        config = MambaConfig(**{"vocab_size": tokens} | ids | tiny | args.sizes)
+    if tokens > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}; name the model's own "
+                         "tokenizer.json with --tokenizer")
+    return config
+
+def check_folders(args: Options, paths: list[Path]) -> None:
+    """ValueError if the results would become part of the data, or overwrite a model."""
+    made = args.tokenize_to or args.out
+    if any(made.resolve().is_relative_to(path.resolve()) for path in paths):
+        raise ValueError(f"{made} lies in --data, whose files are read as text; name a folder outside")
+    resumed = args.resume and checkpoints(args.out)
+    if not args.tokenize_to and not resumed and (checkpoints(args.out) or (args.out / "config.json").exists()):
+        raise ValueError(f"{args.out} already holds a model; --resume goes on with the run that made it, if its "
+                         "checkpoints are there; another --out begins a new one")
+
 def set_up(args: Options, recipe: Recipe) -> Trainer | None:
-    """Read the data and the model, which must fit each other. None if --tokenize-to was all to do."""
+    """Read the data and the model, which must fit each other. None if the data were to be tokenized only."""
     paths = named_paths(args.data or [])
     every = sum(paths.values(), [])
     folder = None
@@ -784,79 +826,47 @@ def set_up(args: Options, recipe: Recipe) -> Trainer | None:
         folder = find(recipe.init_from)
     elif args.eval_only:
         folder = find(args.out)
-    corpora = [path for path in every if (path / "tokens.bin").exists()]
-    homes = [home / "tokenizer.json" for home in [folder, *corpora] if home]
-    tokenizer = byte_tokenizer()
-    if args.tokenizer or homes:
-        tokenizer = read_tokenizer(args.tokenizer or homes[0])
+    tokenizer = pick_tokenizer(args, folder, every)
     end = end_of_document(tokenizer, folder)
-    made = args.tokenize_to or args.out
-    if not args.eval_only and any(made.resolve().is_relative_to(path.resolve()) for path in every):
-        raise ValueError(f"{made} lies in --data, whose files are read as text; name a folder outside")
-    if args.tokenize_to:
-        return tokenize_to(args.tokenize_to, every, tokenizer, end)
-    done = [] if args.eval_only else checkpoints(args.out)
-    holds_model = bool(done) or (args.out / "config.json").exists()
-    if holds_model and not args.eval_only and not (done and args.resume):
-        raise ValueError(f"{args.out} already holds a model; --resume goes on with the run that made it, if its "
-                         "checkpoints are there; another --out begins a new one")
-
-    sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
-    if args.eval_only or len(sources) == 1 and not args.mixture:
-        all_alike = " ".join(f"{name}:1" for name in sources)
-        recipe = replace(recipe, stages=tuple(replace(stage, mixture=all_alike) for stage in recipe.stages))
-    wanted = {name for stage in recipe.stages for name in shares(stage.mixture)}
-    if wanted != sources.keys():
-        raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture {', '.join(sorted(wanted))}; "
-                         "name the same with --data name=path and --mixture 'name:share ...'")
-    if args.recipe == "continue":
-        recipe = fitted(recipe, sources, args.own, args.context is not None)
-    check_lengths(recipe, sources)
-    config = make_config(args, folder, vocabulary(tokenizer), end)
-    if vocabulary(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {vocabulary(tokenizer)} tokens, the model {config.vocab_size}; name "
-                         "the model's own tokenizer.json with --tokenizer")
     if not args.eval_only:
-        from tests.plan import check_memory
+        check_folders(args, every)
+    if args.tokenize_to:
+        tokenize_to(args.tokenize_to, every, tokenizer, end)
+        return None
+    sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
+    recipe = pick_recipe(args, recipe, sources)
+    config = pick_config(args, folder, vocabulary(tokenizer), end)
+    if not args.eval_only:
+        from tests.plan import check_memory                 # here, because that file imports this one
         check_memory(args, recipe, config, world_size())
     torch.manual_seed(recipe.seed)
     whole = None
+    dtype = None
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
-    dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype if whole else None)
+        dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype)
     trainer = Trainer(args, recipe, build(args, config, end, whole), tokenizer, sources, dtype)
-    if done:
-        trainer.resume(done[-1])
+    if args.resume and not args.eval_only and checkpoints(args.out):
+        trainer.resume(checkpoints(args.out)[-1])
     if rank() == 0 and not args.eval_only:
         prepare(args.out, trainer.step)
         write_tokenizer(args.out, tokenizer, end, None if args.tokenizer else folder)
     return trainer
 
-def make_config(args: Options, folder: Path | None, vocab_size: int, end: int) -> MambaConfig:
-    """The sizes of the model to start from, or of a fresh one."""
-    if folder:
-        config = MambaConfig.from_json(folder / "config.json")
-        if config.eos_token_id == 0:        # transformers' default, which the pre-decay file has: no end of text
-            config.eos_token_id = end
-        return config
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    tiny = TINY if args.recipe == "tiny" else {}
-    return MambaConfig(**{"vocab_size": vocab_size} | ids | tiny | args.sizes)
-
 def run(args: Options, recipe: Recipe) -> None:
     begin = time.perf_counter()
     trainer = set_up(args, recipe)
-    if trainer is None:
+    if not trainer:
         return
     from tests.plan import count_steps
     recipe = trainer.recipe
-    model = trainer.model
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world_size()} x {args.device}, "
-          f"scan: {scan.default_backend(args.device, 2)}\n{recipe}\n{model.config}\n"
-          f"{recipe.total_tokens:,} tokens in {count_steps(recipe):,} steps; batches of up to {recipe.batch_end} rows, "
-          f"for which the learning rate's peak is {recipe.lr * math.sqrt(recipe.batch_end / recipe.lr_batch):.2e}")
+    peak = recipe.lr * math.sqrt(recipe.batch_end / recipe.lr_batch)
+    print(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {world_size()} x {args.device}, "
+          f"scan: {scan.default_backend(args.device, 2)}\n{recipe}\n{trainer.model.config}\n"
+          f"{recipe.total_tokens:,} tokens in {count_steps(recipe):,} steps of up to {recipe.batch_end} rows of "
+          f"{recipe.longest}; for so many rows the learning rate's peak is {peak:.2e}")
     if args.eval_only:
-        for name, (nats, bits) in trainer.held_out(trainer.recipe.longest).items():
+        for name, (nats, bits) in trainer.held_out(recipe.longest).items():
             print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, {bits:.4f} bits per byte")
     elif train(trainer):
         print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model: python sample.py --model "
@@ -865,41 +875,42 @@ def run(args: Options, recipe: Recipe) -> None:
         print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
 
 def start_processes(device: torch.device) -> None:
-    """Join the other ranks, if torchrun started us. FSDP, which brings bf16, wants a GPU to join, too."""
+    """Join the other ranks, if torchrun started us. A GPU alone joins a group of one: FSDP brings bf16."""
     alone = "RANK" not in os.environ
     if device.type == "cuda":
-        gpu = int(os.environ.get("LOCAL_RANK", 0))              # torchrun counts from 0
+        gpu = int(os.environ.get("LOCAL_RANK", 0))          # torchrun counts from 0
         if gpu >= torch.cuda.device_count() or not dist.is_nccl_available():
             raise ValueError(f"GPUs need a PyTorch with NCCL, and each process one of the "
                              f"{torch.cuda.device_count()} here; lower --nproc-per-node, or try --device cpu")
         torch.cuda.set_device(gpu)
     elif alone:
         return
-    own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **own)
+    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")                      # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")                  # rank 0 speaks for all
 
 def main() -> None:
-    # Harmless: FSDP's warning of views, of a state that we drop; dcp's of running without processes.
+    # FSDP warns of views of a state that we drop, dcp of running without processes. dcp also logs errors,
+    # which become a sentence below.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
-    logging.getLogger().setLevel(logging.ERROR)                 # dcp logs what becomes a sentence below
+    logging.getLogger().setLevel(logging.ERROR)
     try:
         args, recipe = parse(sys.argv[1:])
         if args.plan:
-            from tests.plan import print_plan           # here: that file imports this one
+            from tests.plan import print_plan
             return print_plan(args, recipe)
         start_processes(args.device)
         run(args, recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except dcp.CheckpointException as error:
+        why, _ = next(iter(error.failures.values()))
+        sys.exit(f"train.py: a checkpoint in {args.out} could not be written or read: {str(why)!r:.300}")
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}); try a smaller --micro-batch")
-    except dcp.CheckpointException as error:
-        why, _ = next(iter(error.failures.values()))
-        sys.exit(f"train.py: a checkpoint in {args.out} could not be written or read: {str(why)!r:.300}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -2,11 +2,12 @@
 
     python tests/draw.py out            the losses of the run in out/, into out/loss.svg
     python tests/draw.py                the README's pictures, into assets/
-    python tests/draw.py out --keep     both: the README's loss.svg then shows the run in out/
+    python tests/draw.py out --keep     both: the README then shows the run in out/
 
-block.svg and tree.svg are laid out here by hand. schedule.svg asks train.py's own functions. loss.svg and
-cost.svg show measurements: assets/loss.jsonl is a run's metrics, and `python tests/bench.py --save
-assets/bench.json` writes the other. Each picture has two sets of colours, for light and for dark pages.
+block, tree and passes are laid out here by hand. schedule asks train.py's own functions. The others show what
+was measured, and lies beside them in assets/: loss.jsonl and states.json, of a run and its model, are what
+--keep writes, and bench.json is what `python tests/bench.py --save assets/bench.json` writes. Each picture
+has two sets of colours, for light and for dark pages.
 """
 import argparse
 import json
@@ -214,7 +215,7 @@ def losses(rows: list[dict], title: str) -> str:
     return svg(1000, 304, title, marks)
 
 
-def keep(rows: list[dict]) -> None:
+def keep_losses(rows: list[dict]) -> None:
     """These rows, with fewer digits, for the README's picture."""
     lines = []
     for row in rows:
@@ -223,6 +224,45 @@ def keep(rows: list[dict]) -> None:
             row["held_out"] = {source: round(loss, 4) for source, loss in row["held_out"].items()}
         lines.append(json.dumps(row) + "\n")
     (ASSETS / "loss.jsonl").write_text("".join(lines))
+
+
+# The states of a model
+
+SNIPPET = "def area(width, height):\n    return width * height\n"
+
+
+def keep_states(folder: Path) -> None:
+    """What states.svg needs of the model in this folder: the steps and three states of one channel.
+
+    It is the channel whose steps differ most from byte to byte, of those that write something at all.
+    """
+    import torch
+    import torch.nn.functional as F
+    import mamba
+    from train import byte_tokenizer
+    calls = []
+    scan = mamba.selective_scan
+
+    def spy(x, dt, A, B, C, D, z, dt_bias, *more):
+        calls.append((x[0], F.softplus(dt + dt_bias)[0], A, B[0]))
+        return scan(x, dt, A, B, C, D, z, dt_bias, *more)
+    mamba.selective_scan = spy
+    model = mamba.Mamba.from_pretrained(folder)
+    with torch.no_grad():
+        model(torch.tensor([byte_tokenizer().encode(SNIPPET).ids]))
+        deltas = torch.stack([delta for _, delta, _, _ in calls])           # (layers, l, d)
+        spread = deltas.log().std(1) * (deltas.amax(1) > 0.2)               # (layers, d)
+        layer, c = divmod(spread.argmax().item(), spread.shape[1])
+        x, delta, A, B = calls[layer]
+        states = {}
+        for n in (0, 3, 15):
+            h = 0.0
+            states[f"{A[c, n]:.1f}"] = []
+            for t in range(len(x)):
+                h = torch.exp(delta[t, c] * A[c, n]) * h + delta[t, c] * B[t, n] * x[t, c]
+                states[f"{A[c, n]:.1f}"].append(float(f"{h:.4g}"))
+    found = {"layer": layer, "channel": c, "delta": [float(f"{v:.4g}") for v in delta[:, c].tolist()]}
+    (ASSETS / "states.json").write_text(json.dumps(found | {"states": states}, indent=1) + "\n")
 
 
 # The README's pictures
@@ -334,6 +374,38 @@ def passes() -> str:
     return svg(930, 392, "The scan on a GPU in three passes: a chunk of steps is one merged step", marks)
 
 
+def states() -> str:
+    """One channel of the default run's model over a snippet: a long step writes and forgets."""
+    found = json.loads((ASSETS / "states.json").read_text())
+    wide = 17
+
+    def across(t):
+        return 62 + wide * t
+    width = wide * len(SNIPPET)
+    marks = [text(62, 30, "three numbers of its state, each over its largest", "", "start")]
+    marks.append(line((62, 110), (62 + width, 110), classes="grid"))
+    fades = {}
+    for color, (rate, h) in enumerate(found["states"].items()):
+        largest = max(map(abs, h))
+        curve = [(across(0), 110)]
+        for t, value in enumerate(h):
+            y = 110 - 62 * value / largest
+            curve += [(across(t), y), (across(t + 1), y)]
+        marks.append(line(*curve, classes=f"line{color}"))
+        fades[f"A = {rate}"] = color
+    marks += legend(62 + width - 330, 26, fades)
+    marks.append(text(62, 206, "Δ, how long each byte lasts", "", "start"))
+    longest = max(found["delta"])
+    for t, (byte, delta) in enumerate(zip(SNIPPET, found["delta"])):
+        high = 70 * delta / longest
+        marks.append(f'<rect class="dot3" x="{across(t) + 2}" y="{290 - high:.1f}" width="{wide - 4}" '
+                     f'height="{high:.1f}"/>')
+        marks.append(text(across(t) + wide / 2, 308, {" ": "␣", "\n": "↵"}.get(byte, byte), "small"))
+    marks.append(text(54, 224, f"{longest:.2g}", "small soft", "end"))
+    marks.append(text(54, 294, "0", "small soft", "end"))
+    return svg(62 + width + 24, 330, "One channel reads a line of Python: a long step writes and forgets", marks)
+
+
 def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
     from train import RECIPES, batch_size, context_length, learning_rate    # here: it takes seconds to import
@@ -370,14 +442,14 @@ def cost() -> str:
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
 
-PICTURES = {"block.svg": block, "tree.svg": tree, "passes.svg": passes, "schedule.svg": schedule,
-            "loss.svg": loss, "cost.svg": cost}
+PICTURES = {"block.svg": block, "states.svg": states, "tree.svg": tree, "passes.svg": passes,
+            "schedule.svg": schedule, "loss.svg": loss, "cost.svg": cost}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the losses of a run, or the README's pictures.")
     parser.add_argument("out", nargs="?", type=Path, help="the folder of a run, for its loss.svg")
-    parser.add_argument("--keep", action="store_true", help="show this run in the README's loss.svg too")
+    parser.add_argument("--keep", action="store_true", help="show this run and its model in the README")
     args = parser.parse_args()
     if args.keep and not args.out:
         parser.error("--keep needs the folder of a run")
@@ -386,12 +458,14 @@ def main() -> None:
             rows = read_metrics(args.out / "metrics.jsonl")
             path = args.out / "loss.svg"
             path.write_text(losses(rows, f"Loss of the run in {args.out}"), encoding="utf-8")
+            if args.keep:
+                keep_losses(rows)
+                keep_states(args.out)
         except (ValueError, OSError) as e:
             parser.error(str(e))
         print(path)
         if not args.keep:
             return
-        keep(rows)
     for name, picture in PICTURES.items():
         (ASSETS / name).write_text(picture(), encoding="utf-8")
         print(f"assets/{name}")

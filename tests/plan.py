@@ -34,7 +34,7 @@ def planned_config(args, recipe) -> MambaConfig:
         size = 257 if args.recipe == "tiny" else 65024
         if args.tokenizer:
             size = train.vocabulary(train.read_tokenizer(args.tokenizer))
-        return train.make_config(args, None, size, end=0)
+        return train.pick_config(args, None, size, end=0)
     folder = Path(recipe.init_from)
     if folder.is_dir():
         return MambaConfig.from_json(folder / "config.json")

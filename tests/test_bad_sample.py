@@ -142,14 +142,14 @@ FILES = [
     ("state", {"ssm": torch.zeros(2, 1, 32, 5)}, "[2, 1, 32, 5] in torch.float32, but this model needs [2, 1, 32, 4]"),
     ("state", {"conv": torch.zeros(2, 3, 32)}, "needs [2, 1, 3, 32]"),
     *[("state", {"conv": torch.zeros(2, 1, 3, 32).to(dtype)}, f"in {dtype}, but this model needs")
-      for dtype in (torch.int32, torch.bool, torch.complex64)],
+      for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)],
     *[("state", {name: torch.full(shape, NAN)}, f"state is damaged: not all numbers of {name} are finite")
       for name, shape in (("conv", (2, 1, 3, 32)), ("ssm", (2, 1, 32, 4)))],
-    *[("state", {"last": torch.tensor([token])}, f"damaged: last is no list of tokens from 0 to 256, but [{token}]")
+    *[("state", {"last": torch.tensor([token])}, f"damaged: last has tokens that are not from 0 to 256: [{token}]")
       for token in (-1, 257, 2**62, -2**63)],
-    *[("state", {name: tokens}, f"damaged: {name} is no list of tokens") for name in ("last", "shown", "waiting")
+    *[("state", {name: tokens}, f"state has {name} of") for name in ("last", "shown", "waiting")
       for tokens in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.tensor([[1]]))],
-    *[("state", {"last": torch.ones(count, dtype=torch.int64)}, "damaged: last is no list") for count in (0, 2)],
+    *[("state", {"last": torch.ones(count, dtype=torch.int64)}, f"state has last of [{count}] in torch.int64") for count in (0, 2)],
 ]
 
 
@@ -265,17 +265,21 @@ def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_
 # Writing a state.
 
 
-def test_a_full_disk_leaves_the_old_state_whole(call):
+def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(call, monkeypatch):
     before = Path("state").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
-    try:
-        status, _, words = call("--prompt", "other", "--save-state", "state")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert status == 1
-    assert_sentence(words, "cannot write", "state")
-    assert Path("state").read_bytes() == before and not Path("state.partial").exists()
+
+    def fail(*_):
+        raise OSError("the disk was pulled out")
+    for size, replace in (500, sample.replace_file), (limit[0], fail):      # a full disk, and one that fails
+        monkeypatch.setattr(sample, "replace_file", replace)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            status, _, words = call("--prompt", "other", "--save-state", "state")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert status == 1 and Path("state").read_bytes() == before and not Path("state.partial").exists()
+        assert_sentence(words, "cannot write", "state")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

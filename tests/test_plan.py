@@ -42,9 +42,9 @@ def test_the_plan_of_the_7b_prints_the_whole_run(capsys):
 @pytest.mark.parametrize("recipe", [
     RECIPES["tiny"],
     replace(RECIPES["tiny"], batch_start=8, batch_end=2),
-    train.scaled(RECIPES["tiny"], 1_234_567),
-    train.scaled(RECIPES["continue"], 2 * 10**9),
-    train.scaled(SEVEN, 5 * 10**9),
+    train.scaled(RECIPES["tiny"], 1_234_567, {}),
+    train.scaled(RECIPES["continue"], 2 * 10**9, {}),
+    train.scaled(SEVEN, 5 * 10**9, {}),
 ])
 def test_the_steps_that_it_counts_are_those_that_training_takes(recipe):
     tokens = 0
@@ -72,7 +72,7 @@ def test_a_plan_is_of_the_model_that_the_command_would_train(monkeypatch, tmp_pa
 
 def test_a_plan_of_1e18_tokens_takes_no_longer():
     start = time.perf_counter()
-    assert count_steps(train.scaled(SEVEN, 10**18)) > 10**11 and time.perf_counter() - start < 5
+    assert count_steps(train.scaled(SEVEN, 10**18, {})) > 10**11 and time.perf_counter() - start < 5
 
 
 def test_the_plan_counts_the_operations_of_every_product():

@@ -9,7 +9,6 @@ from scan import selective_scan
 every_backend = pytest.mark.parametrize("backend", ["auto", "naive", "parallel", "chunked"])
 TIMED = ["x", "dt", "B", "C", "z", "reset"]
 
-
 def inputs(seed, b, l, d, n, step=0.0, resets=0.0):
     """Random arguments. `step` shifts dt: -12 makes steps of 1e-5, 4 steps of 4, which forget nearly all."""
     g = torch.Generator().manual_seed(seed)
@@ -20,10 +19,8 @@ def inputs(seed, b, l, d, n, step=0.0, resets=0.0):
                 C=draw(b, l, n), D=draw(d), z=draw(b, l, d), dt_bias=draw(d), h0=draw(b, d, n),
                 reset=torch.rand(b, l, generator=g) < resets)
 
-
 def part(args, steps):
     return args | {name: args[name][:, steps] for name in TIMED}
-
 
 def loop(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """The definition in float64, one number at a time in spirit: no shared code with scan.py."""
@@ -36,7 +33,6 @@ def loop(x, dt, A, B, C, D, z, dt_bias, h0, reset):
         ys.append(y * z[:, t] * torch.sigmoid(z[:, t]))
     return torch.stack(ys, 1), h
 
-
 def with_gradients(scan, args, **options):
     """y, h and the gradient of a random mix of both to every float argument."""
     leaves = {k: v.clone().requires_grad_() for k, v in args.items() if v.is_floating_point()}
@@ -45,7 +41,6 @@ def with_gradients(scan, args, **options):
     mix = sum((v * torch.randn(v.shape, generator=g).to(v.dtype)).sum() for v in (y, h))
     gradients = torch.autograd.grad(mix, [*leaves.values()])
     return {"y": y.detach(), "h": h.detach()} | dict(zip(leaves, gradients))
-
 
 def assert_exact(args, tolerance, **options):
     """As the loop is in float64, relative to each result's largest value."""
@@ -57,14 +52,12 @@ def assert_exact(args, tolerance, **options):
         scale = max(exact[name].abs().max(), exact[terms].abs().max()).clamp(min=1e-3)
         assert (value.double() - exact[name]).abs().max() <= tolerance * scale, name
 
-
 @every_backend
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 6),
        st.sampled_from([-12.0, -3.0, 0.0, 4.0]), st.sampled_from([0.0, 0.2, 1.0]))
 def test_every_scan_is_the_float64_loop_in_values_and_all_gradients(backend, seed, b, l, d, n, step, resets):
     assert_exact(inputs(seed, b, l, d, n, step, resets), 3e-5, backend=backend)
-
 
 @every_backend
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
@@ -74,7 +67,6 @@ def test_half_precision_inputs_lose_only_their_own_rounding(backend, dtype, tole
     assert_exact(args, tolerance, backend=backend)
     y, h = selective_scan(**args, backend=backend)
     assert y.dtype == dtype and h.dtype == torch.float32
-
 
 @every_backend
 @pytest.mark.parametrize("cut", [1, 13, 16, 39])
@@ -86,7 +78,6 @@ def test_splitting_the_sequence_changes_nothing(backend, cut):
     assert_close(torch.cat([y1, y2], 1), y, rtol=1e-5, atol=1e-5)
     assert_close(h2, h, rtol=1e-5, atol=1e-5)
 
-
 @every_backend
 def test_the_future_cannot_change_the_past(backend):
     args = inputs(3, 2, 40, 3, 4)
@@ -95,7 +86,6 @@ def test_the_future_cannot_change_the_past(backend):
         other[name][:, 23:] += 1
     assert torch.equal(selective_scan(**args, backend=backend)[0][:, :23],
                        selective_scan(**other, backend=backend)[0][:, :23])
-
 
 @every_backend
 @pytest.mark.parametrize("fading", [1, 1e-40])
@@ -108,7 +98,6 @@ def test_nothing_passes_a_reset(backend, fading):
     assert_close(y[:, 17:], y2, rtol=1e-6, atol=1e-6)
     assert_close(h, h2, rtol=1e-6, atol=1e-6)
 
-
 @every_backend
 def test_autocast_leaves_the_arithmetic_in_fp32(backend):
     args = inputs(6, 2, 40, 4, 3, resets=0.1)
@@ -119,14 +108,12 @@ def test_autocast_leaves_the_arithmetic_in_fp32(backend):
     y, h = selective_scan(**{k: v.to("meta") for k, v in args.items()}, backend=backend)    # has no autocast
     assert y.shape == (2, 40, 4) and h.shape == (2, 4, 3)
 
-
 def test_options_left_out_are_neutral():
     args = inputs(5, 2, 20, 3, 4)
     bare = {k: args[k] for k in ("x", "dt", "A", "B", "C")}
     full = bare | dict(D=torch.zeros(3), dt_bias=torch.zeros(3), h0=torch.zeros(2, 3, 4),
                        reset=torch.zeros(2, 20, dtype=torch.bool))
     assert_close(selective_scan(**bare), selective_scan(**full))
-
 
 def test_training_never_holds_a_state_for_every_step():
     saved = {}
@@ -139,17 +126,15 @@ def test_training_never_holds_a_state_for_every_step():
         selective_scan(**args)
     assert sum(saved.values()) < 0.6 * 4 * 512 * 64 * 16     # naive and parallel: several times 4 l d n bytes
 
-
 @pytest.mark.parametrize("name", inputs(0, 1, 1, 1, 1))
 @pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
 def test_what_does_not_fit_is_named_with_what_it_is_and_what_it_must_be(name, kind):
     """A complex A would lose its imaginary part, a reset of numbers would be taken for indices."""
     args = inputs(6, 2, 5, 3, 4)
-    with pytest.raises(ValueError, match=f"{name} is of {kind}, but must be of"):
+    with pytest.raises(ValueError, match=rf"{name} is \[.*\] of {kind}, but must be \[.*\] of"):
         selective_scan(**args | {name: args[name].to(kind)})
-    with pytest.raises(ValueError, match=r"is \[.*\], but must be \["):
+    with pytest.raises(ValueError, match=r"is \[.*\] of torch.*, but must be \["):
         selective_scan(**args | {name: args[name][..., :-1]})
-
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'quick' is none of auto"):

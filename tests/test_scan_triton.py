@@ -1,10 +1,12 @@
 """The Triton scan against the recurrence, written once more here as a loop in float64.
 
-Without a GPU the kernels run in Triton's interpreter, one Python step for each GPU step, so all shapes are
-tiny. With one, the same tests run compiled. Tolerances are relative to the largest value of what is compared,
-per dtype.
+Without a GPU the kernels run in Triton's interpreter, one Python step for each GPU step, so all shapes
+are tiny. With one, the same tests run compiled. Where an emulator stands beside the repository,
+test_scan_triton_compile.py runs some of them compiled without a GPU. Errors are relative to the largest
+value compared.
 """
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -18,16 +20,18 @@ from torch.nn.functional import silu, softplus
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:    # Triton reads this when a kernel is decorated, its own library's too: before its first import
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this first"
-    os.environ["TRITON_INTERPRET"] = "1"
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+COMPILED = GPU or "ptxemu" in sys.modules                         # that is the emulator
+if not COMPILED:    # Triton reads this when a kernel is decorated, its own too: before its first import
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this first"
+    os.environ["TRITON_INTERPRET"] = "1"
 import scan_triton
 from scan_triton import selective_scan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}    # in 16 bits: the last bit
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: graphs and timing have no interpreter")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU: its graphs have no interpreter")
+compiled = pytest.mark.skipif(not COMPILED, reason="takes minutes in Triton's interpreter")
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "z")            # as the operators take them, before reset
 
 
@@ -41,11 +45,12 @@ def loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, reset=None):
             h = h * ~reset[:, t, None, None]
         drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
         h = torch.exp(delta[:, t, :, None] * A) * h + drive          # (b, d, n)
-        ys.append((h * C[:, t, None]).sum(-1))                       # (b, d)
+        y = (h * C[:, t, None]).sum(-1)                              # (b, d)
         if D is not None:
-            ys[-1] = ys[-1] + D * x[:, t]
+            y = y + D * x[:, t]
         if z is not None:
-            ys[-1] = ys[-1] * silu(z[:, t])
+            y = y * silu(z[:, t])
+        ys.append(y)
     return torch.stack(ys, 1), h
 
 
@@ -64,6 +69,10 @@ def some_resets(b, l, seed=0, share=0.2):
     return (torch.rand(b, l, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
 
 
+def detached(p, change=lambda v: v):
+    return {k: change(v.detach()) for k, v in p.items()}
+
+
 @contextmanager
 def in_chunks(k):
     """Force the number of chunks, and short ones to keep several states."""
@@ -73,7 +82,7 @@ def in_chunks(k):
         yield patch
 
 
-def results(scan, p, reset, seed=0):
+def results(scan, p, reset=None, seed=0):
     """y, h and the gradients of a loss that weighs every y and every h."""
     g = torch.Generator().manual_seed(seed + 1)
     y, h = scan(**p, reset=reset)
@@ -82,21 +91,29 @@ def results(scan, p, reset, seed=0):
     return dict(y=y, h=h, **{"d" + k: v for k, v in zip(p, grads)})
 
 
+def same(one, other):
+    return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def error(value, exact, scale=None):
+    scale = exact.abs().max() if scale is None else scale
+    return (value.double() - exact).abs().max() / scale.clamp(min=1e-6)
+
+
 def check(p, reset=None, seed=0, tolerance=None):
     dtype = p["x"].dtype
     ours = results(selective_scan, p, reset, seed)
-    exact = results(loop, {k: v.detach().double().requires_grad_() for k, v in p.items()}, reset, seed)
+    exact = results(loop, detached(p, lambda v: v.double().requires_grad_()), reset, seed)
     for name in exact:
         own = p[name[1:]].dtype if name[1:] in p else dtype if name == "y" else torch.float32
         assert ours[name].dtype == own and ours[name].shape == exact[name].shape
-        error = (ours[name].double() - exact[name]).abs().max() / exact[name].abs().max().clamp(min=1e-6)
-        assert error <= (tolerance or TOLERANCE[own]), f"{name}: error {error:.1e}"
-    return ours
+        # The sum of ddt may cancel: with one channel, 26 terms of 5 in all came to 0.02.
+        scale = exact["ddt"].abs().sum((0, 1)).max() if name == "ddt_bias" else None
+        assert error(ours[name], exact[name], scale) <= (tolerance or TOLERANCE[own]), name
 
 
 sizes = dict(b=some.integers(1, 2), l=some.integers(1, 14), d=some.integers(1, 40), n=some.integers(1, 6),
              k=some.integers(1, 4), seed=some.integers(0, 999))
-
 quick = settings(deadline=None, derandomize=True, phases=[Phase.generate])    # shrinking would take minutes
 
 
@@ -123,17 +140,18 @@ def test_a_document_may_start_at_any_step_of_a_chunk(places, k):
         check(problem(1, 12, 2, 2), reset)
 
 
-@pytest.mark.parametrize("fading", [1, 1e-30])
+@torch.no_grad()
+@pytest.mark.parametrize("fading", [1, 1e-30, 0])
 def test_a_reset_forgets_everything(fading):
-    p, reset = problem(1, 9, 2, 2), torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
+    p = problem(1, 9, 2, 2)
+    p["A"] *= fading
+    reset = torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
     reset[:, 5] = True
-    with in_chunks(2), torch.no_grad():
-        p["A"] *= fading
+    late = {k: v[:, 5:] if k in ("x", "dt", "B", "C", "z") else v for k, v in p.items() if k != "h0"}
+    with in_chunks(2):
         y, h = selective_scan(**p, reset=reset)
-        late = {k: v[:, 5:] if k in ("x", "dt", "B", "C", "z") else v for k, v in p.items() if k != "h0"}
         y_alone, h_alone = selective_scan(**late)
-    assert torch.equal(h, h_alone) or (h - h_alone).abs().max() < 1e-6
-    assert (y[:, 5:] - y_alone).abs().max() < 1e-6
+    assert error(h, h_alone) < 1e-6 and error(y[:, 5:], y_alone) < 1e-6
 
 
 @pytest.mark.parametrize("shift", [-30.0, -8.0, 30.0])
@@ -145,44 +163,48 @@ def test_tiny_and_huge_steps_keep_their_digits(shift):
 
 
 def test_the_number_of_chunks_changes_nothing():
-    p, reset, got = problem(2, 13, 3, 3), some_resets(2, 13), []
-    for k in (1, 2, 4):
+    p, reset = problem(2, 13, 3, 3), some_resets(2, 13)
+    with in_chunks(1):
+        whole = results(selective_scan, p, reset)
+    for k in (2, 4):
         with in_chunks(k):
-            got.append(results(selective_scan, p, reset))
-    for name in got[0]:
-        for other in got[1:]:
-            assert (got[0][name] - other[name]).abs().max() <= 1e-5 * got[0][name].abs().max(), name
+            cut = results(selective_scan, p, reset)
+        assert all(error(cut[name], whole[name]) <= 1e-5 for name in whole)
 
 
 def test_two_runs_give_the_same_bits():
     p = problem(1, 9, 35, 3)
     with in_chunks(2):
-        first, second = (results(selective_scan, p, None) for _ in range(2))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+        assert same(results(selective_scan, p), results(selective_scan, p))
 
 
-def test_the_backward_in_groups_of_chunks_is_the_backward():
-    p, reset = problem(2, 14, 35, 2), some_resets(2, 14)
-    with in_chunks(2) as patch:
+@pytest.mark.parametrize("k, l", [(2, 14), (1, 25)])
+def test_the_backward_in_groups_of_chunks_is_the_backward(k, l):
+    with in_chunks(k) as patch:
         patch.setattr(scan_triton, "SCRATCH", 1)      # one chunk at a time
-        check(p, reset)
+        check(problem(2, l, 35, 2), some_resets(2, l))
+
+
+def columns(v):
+    """The same values, in memory the other way round, or every second one."""
+    if v.dim() == 1:
+        return v.repeat_interleave(2)[::2]
+    return v.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def test_strides_of_inputs_and_gradients_change_nothing():
     p = problem(2, 6, 4, 2)
     xz, rest = torch.cat([p["x"], p["z"]], 2), torch.cat([p["dt"], p["B"], p["C"]], 2)
     slices = dict(p, x=xz[..., :4], z=xz[..., 4:], dt=rest[..., :4], B=rest[..., 4:6], C=rest[..., 6:])
-    columns = {k: v.mT.contiguous().mT if v.dim() > 1 else v.repeat_interleave(2)[::2] for k, v in p.items()}
     with in_chunks(2):
-        plain = results(selective_scan, p, None)
-        for inputs in (slices, columns):
-            other = results(selective_scan, {k: v.detach().requires_grad_() for k, v in inputs.items()}, None)
-            assert all(torch.equal(plain[k], other[k]) for k in plain)
+        plain = results(selective_scan, p)
+        for inputs in (slices, detached(p, columns)):
+            assert same(plain, results(selective_scan, detached(inputs, lambda v: v.requires_grad_())))
         y, h = selective_scan(**p)
+        ones = torch.autograd.grad(y.sum() + h.sum(), list(p.values()), retain_graph=True)
         for dy, dh in ((torch.ones(()).expand_as(y), torch.ones(()).expand_as(h)),
-                       (torch.ones(6, 2, 4).transpose(0, 1), torch.ones(2, 2, 4).mT)):
+                       (columns(torch.ones_like(y)), columns(torch.ones_like(h)))):
             grads = torch.autograd.grad((y, h), list(p.values()), (dy.to(y), dh.to(h)), retain_graph=True)
-            ones = torch.autograd.grad(y.sum() + h.sum(), list(p.values()), retain_graph=True)
             assert all(torch.equal(*pair) for pair in zip(grads, ones))
 
 
@@ -191,25 +213,27 @@ def test_one_step_of_any_strides_is_read_right():
     turned = {k: v.detach().flatten(1)[..., None].mT.requires_grad_() if k in ("x", "dt", "z") else v
               for k, v in p.items()}                               # as the output of a convolution lies
     assert turned["x"].is_contiguous() and turned["x"].stride() == (4, 1, 1)
-    plain, other = (results(selective_scan, q, None) for q in (p, turned))
-    assert all(torch.equal(plain[k], other[k]) for k in plain)
-    columns = {k: v.mT.contiguous().mT if v.dim() == 2 else v.transpose(0, 2).contiguous().transpose(0, 2)
-               if v.dim() == 3 else v for k, v in p.items()}
+    assert same(results(selective_scan, p), results(selective_scan, turned))
     with torch.no_grad():                                          # decoding, which takes another operator
-        for one, two in zip(selective_scan(**p), selective_scan(**columns)):
+        for one, two in zip(selective_scan(**p), selective_scan(**detached(p, columns))):
             assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("wanted", [["h0"], ["A"], ["z", "dt_bias"], ["x"]], ids=str)
-def test_only_what_needs_a_gradient_gets_one(wanted):
-    p = {k: v.detach().requires_grad_(k in wanted) for k, v in problem(1, 5, 3, 2).items()}
-    exact = {k: v.detach().double().requires_grad_(k in wanted) for k, v in p.items()}
-    for scan, inputs in ((selective_scan, p), (loop, exact)):
-        y, h = scan(**inputs)
-        (y.sum() + h.sum()).backward()
-    assert all((v.grad is not None) == (k in wanted) for k, v in p.items())
-    for k in wanted:
-        assert (p[k].grad - exact[k].grad).abs().max() <= 1e-5 * exact[k].grad.abs().max()
+@pytest.mark.parametrize("used", ["y", "h", "y and h"])
+@pytest.mark.parametrize("wanted", [["h0"], ["A"], ["z", "dt_bias"], list(problem(1, 1, 1, 1))], ids=str)
+def test_a_gradient_is_right_whatever_else_needs_none(wanted, used):
+    ours = problem(1, 5, 3, 2)
+    exact = detached(ours, torch.Tensor.double)
+    for scan, p in ((selective_scan, ours), (loop, exact)):
+        for k in p:
+            p[k] = p[k].detach().requires_grad_(k in wanted)
+        y, h = scan(**p)
+        loss = ("y" in used) * y.sum() + ("h" in used) * h.sum()
+        loss.backward()
+    for k in ours:
+        assert (ours[k].grad is not None) == (k in wanted)
+        if k in wanted:
+            assert error(ours[k].grad, exact[k].grad, exact[k].grad.abs().max().clamp(min=1e-3)) <= 1e-5
 
 
 @pytest.mark.parametrize("l", [1, 3])
@@ -222,22 +246,20 @@ def test_an_empty_batch_has_an_empty_result(l):
 
 
 def test_every_input_may_be_in_16_bits():
-    p = problem(1, 5, 3, 2, dtype=torch.bfloat16)
-    check({k: v.detach().bfloat16().requires_grad_() for k, v in p.items()})
+    p = detached(problem(1, 5, 3, 2), torch.Tensor.bfloat16)
+    check(detached(p, lambda v: v.requires_grad_()))
+    token = {k: v[:, :1] if v.dim() == 3 and k != "h0" else v for k, v in p.items()}
     with torch.no_grad():
-        token = {k: v[:, :1] if v.dim() == 3 and k != "h0" else v for k, v in p.items()}
-        y, h = selective_scan(**{k: v.bfloat16() for k, v in token.items()})
-        exact = loop(**{k: v.bfloat16().double() for k, v in token.items()})
-    assert (y - exact[0]).abs().max() <= 8e-3 * exact[0].abs().max() and h.dtype == torch.float32
-    assert (h - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max()
+        y, h = selective_scan(**token)
+    y_exact, h_exact = loop(**detached(token, torch.Tensor.double))
+    assert error(y, y_exact) <= 8e-3 and error(h, h_exact) <= 1e-5 and h.dtype == torch.float32
 
 
 def test_autocast_leaves_the_arithmetic_in_fp32():
     p = problem(1, 5, 3, 2)
-    plain = results(selective_scan, p, None)
     with torch.autocast(DEVICE, torch.bfloat16):
-        cast = results(selective_scan, p, None)
-    assert all(torch.equal(plain[k], cast[k]) for k in plain)
+        cast = results(selective_scan, p)
+    assert same(cast, results(selective_scan, p))
 
 
 def test_a_second_derivative_is_refused_in_a_sentence():
@@ -248,22 +270,18 @@ def test_a_second_derivative_is_refused_in_a_sentence():
 
 
 def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
-    entered = []
+    devices = []
 
-    class Guard:
-        def __init__(self, t):
-            self.device = t.device
+    @contextmanager
+    def device_of(tensor):
+        devices.append(tensor.device)
+        yield
+        devices.append("left")
 
-        def __enter__(self):
-            entered.append(self.device)
-
-        def __exit__(self, *_):
-            entered.append("left")
-
-    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     p = problem(1, 5, 2, 2)
-    results(selective_scan, p, None)
-    assert entered == [p["x"].device, "left"] * 4      # scan forward; scan, carry and adjoint backward
+    results(selective_scan, p)
+    assert devices == [p["x"].device, "left"] * 4      # scan forward; replay, carry, adjoint backward
 
 
 def test_memory_that_was_never_written_is_never_read(monkeypatch):
@@ -273,7 +291,7 @@ def test_memory_that_was_never_written_is_never_read(monkeypatch):
             return t.fill_(float("nan")) if t.is_floating_point() else t
         return empty
 
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     with in_chunks(2):
         check(problem(2, 7, 33, 3), some_resets(2, 7))
@@ -285,96 +303,61 @@ def test_a_sequence_of_nan_stays_alone_in_its_batch():
         for k in ("x", "dt", "B", "C", "z"):
             p[k][1] = float("nan")
     with in_chunks(2):
-        got = results(selective_scan, p, None)
+        got = results(selective_scan, p)
     assert not any(got[k][0].isnan().any() for k in ("y", "h", "dx", "ddt", "dB", "dC", "dz", "dh0"))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_one_token_is_a_scan_of_one_step(dtype):
-    p = {k: v.detach() for k, v in problem(2, 1, 35, 3, dtype=dtype).items()}
-    reset = torch.tensor([[True], [False]], device=DEVICE)
-    for r in (None, reset):
-        y, h = selective_scan(**p, reset=r)                        # takes the step
-        with torch.enable_grad():                                  # takes the scan
-            y_scan, h_scan = selective_scan(**p, reset=r)
-        assert (h - h_scan).abs().max() <= 1e-6 * h_scan.abs().max()
-        assert (y - y_scan).abs().max() <= TOLERANCE[dtype] * y_scan.abs().max()
+    p = problem(2, 1, 35, 3, dtype=dtype)
+    inputs = [p[k] for k in NAMES]
+    given_state = p["h0"].clone()
+    for reset in (None, torch.tensor([[True], [False]], device=DEVICE)):
+        y, h = selective_scan(**p, reset=reset)                    # takes the step
+        with torch.enable_grad():
+            y_scan, h_scan = selective_scan(**p, reset=reset)      # takes the scan
+        assert error(h, h_scan) <= 1e-6 and error(y, y_scan) <= TOLERANCE[dtype]
+        assert torch.equal(p["h0"], given_state)
         in_place = p["h0"].clone()
-        y_in_place = scan_triton.step(in_place, *(p[k] for k in NAMES), r)
-        assert torch.equal(in_place, h) and torch.equal(y_in_place, y)
-    y, h = selective_scan(*(p[k] for k in NAMES[:5]))              # from no state, without options
-    y_loop, h_loop = loop(*(p[k].double() for k in NAMES[:5]))
-    assert (h - h_loop).abs().max() <= 1e-6
-    assert (y - y_loop).abs().max() <= TOLERANCE[dtype] * y_loop.abs().max()
-
-
-@torch.no_grad()
-def test_one_token_leaves_the_state_it_was_given():
-    p = {k: v.detach() for k, v in problem(1, 1, 3, 2).items()}
-    before = p["h0"].clone()
-    selective_scan(**p)
-    assert torch.equal(p["h0"], before)
+        assert torch.equal(scan_triton.step(in_place, *inputs, reset), y) and torch.equal(in_place, h)
+    y, h = selective_scan(*inputs[:5])                             # from no state, without options
+    y_loop, h_loop = loop(*(v.double() for v in inputs[:5]))
+    assert error(h, h_loop) <= 1e-6 and error(y, y_loop) <= TOLERANCE[dtype]
     with pytest.raises(ValueError, match="fp32 and contiguous"):
-        scan_triton.step(p["h0"].half(), *(p[k] for k in NAMES), None)
-
-
-def test_one_token_with_gradients_takes_the_scan():
-    check(problem(2, 1, 3, 2), some_resets(2, 1, share=0.5))
-
-
-def test_no_gradient_flows_through_what_was_not_used():
-    p = problem(1, 5, 2, 2)
-    y, h = selective_scan(**p)
-    for out in (y, h):
-        grads = torch.autograd.grad(out.sum(), list(p.values()), retain_graph=True, allow_unused=True)
-        right = loop(**p)[0 if out is y else 1].sum()
-        exact = torch.autograd.grad(right, list(p.values()), allow_unused=True)
-        for mine, right in zip(grads, exact):
-            right = torch.zeros_like(mine) if right is None else right
-            assert (mine - right).abs().max() <= 1e-5 * max(right.abs().max(), 1e-3)
+        scan_triton.step(p["h0"].half(), *inputs, None)
 
 
 def test_the_operators_are_good_citizens():
-    p = problem(1, 9, 3, 2)
-    forget = some_resets(1, 9)
-    inputs = [p[k] for k in NAMES] + [forget]
-    blocks = [F.pad(t, (0, 0, 0, -9 % scan_triton.STEPS)) for t in (p["B"], p["C"])]
-    whole = [p["h0"].mT, *inputs[:2], p["A"].mT, *blocks, *inputs[5:]]
+    p, reset = problem(1, 9, 3, 2), some_resets(1, 9)
+    inputs = [p[k] for k in NAMES] + [reset]
+    whole = [p["h0"].mT, *inputs[:2], p["A"].mT, *inputs[3:]]
+    plain = [t.detach() for t in whole]
     with in_chunks(1):                # one chunk, two kept states
         torch.library.opcheck(scan_triton.scan, whole)
-        plain = [t.detach() for t in whole]
         y, h, kept = scan_triton.scan(*plain)
         torch.library.opcheck(scan_triton.scan_backward, (y, h, kept, *plain[1:]))
-    token = [t.detach()[:, :1] if t.dim() == 3 or t is forget else t.detach() for t in inputs]
+    token = [t.detach()[:, :1] if t.dim() == 3 or t is reset else t.detach() for t in inputs]
     torch.library.opcheck(scan_triton.step, (p["h0"].detach().clone(), *token))
 
 
-def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
+def test_torch_compile_and_checkpointing_go_around_it_without_a_break(monkeypatch):
     from torch.utils.checkpoint import checkpoint
-    p = problem(1, 5, 3, 2)
-    reference = results(selective_scan, p, None)
-
-    def checkpointed(reset, **p):
-        return checkpoint(lambda *a: selective_scan(**dict(zip(p, a))), *p.values(), use_reentrant=False)
-
-    compiled = torch.compile(lambda reset, **p: selective_scan(**p), fullgraph=True, backend="aot_eager")
-    for scan in (checkpointed, compiled):
-        got = results(scan, p, None)
-        assert all(torch.equal(got[k], reference[k]) for k in reference)
-    token = {k: v.detach()[:, :1] if v.dim() == 3 and k != "h0" else v.detach() for k, v in p.items()}
-    with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(compiled(None, **token), selective_scan(**token)))
-
-
-def test_one_compilation_serves_any_batch_and_length(monkeypatch):
     monkeypatch.setattr(scan_triton, "chunk_count", lambda b, l, d, sm_count: max(1, l // 6))    # symbolic
-    compiled = torch.compile(lambda reset, **p: selective_scan(**p, reset=reset), fullgraph=True,
-                             dynamic=True, backend="aot_eager")
-    for b, l in ((2, 5), (3, 13)):                    # the last in two chunks
+
+    def checkpointed(**p):
+        return checkpoint(lambda: selective_scan(**p), use_reentrant=False)
+
+    compiled = torch.compile(lambda **p: selective_scan(**p), fullgraph=True, dynamic=True,
+                             backend="aot_eager")
+    for b, l in ((2, 5), (3, 13)):                    # one compilation for both; the last in two chunks
         p, reset = problem(b, l, 3, 2), some_resets(b, l)
-        got, reference = results(compiled, p, reset), results(selective_scan, p, reset)
-        assert all(torch.equal(got[k], reference[k]) for k in reference)
+        plain = results(selective_scan, p, reset)
+        for scan in (checkpointed, compiled):
+            assert same(plain, results(scan, p, reset))
+    with torch.no_grad():
+        token = {k: v[:, :1] if v.dim() == 3 and k != "h0" else v for k, v in p.items()}
+        assert all(torch.equal(*pair) for pair in zip(compiled(**token), selective_scan(**token)))
 
 
 def test_fully_sharded_blocks_train_around_it(monkeypatch):
@@ -404,22 +387,18 @@ def test_fully_sharded_blocks_train_around_it(monkeypatch):
         dist.destroy_process_group()
 
 
-def test_chunks_are_counted_from_the_sizes():
+def test_chunks_fill_the_gpu_and_keep_few_states():
     count = scan_triton.chunk_count
     assert count(1, 8192, 8192, 132) == 33                # the 7B, one sequence, H100: 64 warps an SM
     assert count(8, 8192, 8192, 132) == 1                 # eight sequences fill it alone
     assert count(1, 100, 8192, 132) == 1                  # too short to cut
     assert count(1, 10**6, 1, 132) == 10**6 // 128        # one channel: as many as may be
-    for b, l, d in ((1, 8192, 8192), (1, 2048, 8192), (2, 10**6, 8192), (1, 333, 64), (4, 4096, 1536)):
-        k = count(b, l, d, 132)
-        assert k * 4 * 16 <= l * 2 / 4 or k == 1          # bytes kept, of x's in bf16
-
-
-def test_states_are_kept_at_least_every_256_steps():
-    for b, l, d in ((1, 8192, 8192), (8, 8192, 8192), (64, 300, 8192), (4, 4097, 1536), (1, 1, 1)):
+    for b, l, d in ((1, 8192, 8192), (8, 8192, 8192), (2, 10**6, 8192), (64, 300, 8192), (4, 4097, 1536),
+                    (1, 333, 64), (1, 1, 1)):
         chunks, chunk, keep = scan_triton.cut_time(torch.empty(b, l, d, device="meta"))
         assert keep <= 256 and chunk % keep == 0 and keep % scan_triton.STEPS == 0
-        assert chunks == -(-l // chunk) <= scan_triton.chunk_count(b, l, d, 132)
+        assert chunks == -(-l // chunk) <= count(b, l, d, 132)
+        assert chunks == 1 or chunks * 4 * 16 <= l * 2 / 4          # bytes kept, of x's in bf16
 
 
 def printed(code):
@@ -429,20 +408,18 @@ def printed(code):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent).stdout
 
 
-def test_cpu_tensors_without_the_interpreter_are_refused_in_a_sentence():
-    out = printed("import torch; from scan_triton import selective_scan as f; x = torch.ones(1, 2, 3)\n"
-                  "try: f(x, x, -torch.ones(3, 2), x[..., :2], x[..., :2])\nexcept ValueError as e: print(e)")
-    assert "needs CUDA tensors" in out and "TRITON_INTERPRET=1" in out and out.count("\n") == 1
-
-
-def test_without_triton_the_reader_is_told_what_to_install():
-    out = printed("import sys; sys.modules['triton'] = None\n"
-                  "try: import scan_triton\nexcept ImportError as e: print(e)")
-    assert "pip install triton" in out and out.count("\n") == 1
-    run = printed("import runpy, sys; sys.modules['triton'] = None\n"
-                  "try: runpy.run_path('scan_triton.py', run_name='__main__')\n"
-                  "except SystemExit as e: print(e)")
-    assert run == out
+@pytest.mark.parametrize("code, said", [
+    ("import scan_triton, torch; x = torch.ones(1, 2, 3)\n"
+     "try: scan_triton.selective_scan(x, x, -torch.ones(3, 2), x[..., :2], x[..., :2])\n"
+     "except ValueError as e: print(e)", "needs CUDA tensors.* on cpu.* TRITON_INTERPRET=1"),
+    ("import sys; sys.modules['triton'] = None\n"
+     "try: import scan_triton\nexcept ImportError as e: print(e)", "pip install triton"),
+    ("import runpy, sys; sys.modules['triton'] = None\n"
+     "try: runpy.run_path('scan_triton.py', run_name='__main__')\n"
+     "except SystemExit as e: print(e)", "pip install triton")], ids=["CPU", "import", "report"])
+def test_what_is_missing_is_told_in_a_sentence(code, said):
+    out = printed(code)
+    assert re.search(said, out) and out.count("\n") == 1
 
 
 @pytest.mark.skipif(GPU, reason="with a GPU the kernels are compiled, and the report runs")
@@ -452,15 +429,14 @@ def test_in_the_interpreter_the_report_says_what_to_unset():
         triton_report.main()
 
 
-@needs_gpu
-def test_on_the_device_real_sizes_agree_too():
-    p = problem(1, 600, 96, 16, dtype=torch.bfloat16)
-    check(p, some_resets(1, 600, share=0.01), tolerance=2e-2)
+@compiled
+def test_longer_sequences_in_as_many_chunks_as_are_chosen():
+    check(problem(1, 600, 96, 16, dtype=torch.bfloat16), some_resets(1, 600, share=0.01))
 
 
 @needs_gpu
 def test_a_replayed_graph_decodes_as_eager_does():
-    p = {k: v.detach() for k, v in problem(2, 1, 256, 16, dtype=torch.bfloat16).items()}
+    p = detached(problem(2, 1, 256, 16, dtype=torch.bfloat16))
     state, eager, inputs = p["h0"].clone(), p["h0"].clone(), [p[k] for k in NAMES]
     scan_triton.step(torch.empty_like(state), *inputs, None)              # compiles before the capture
     graph = torch.cuda.CUDAGraph()

@@ -25,6 +25,9 @@ TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32
 SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
 SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
 LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
+# Cycles that a warp by itself takes for an instruction, and beyond that for a shuffle, for a barrier, and for
+# the loads of a block. They are assumed, from what is known of such GPUs.
+WAITS, LOADS = {"issue": 2, "SHFL": 6, "BAR": 30}, 500
 
 ROWS = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}    # in bf16
 KERNELS = {
@@ -38,10 +41,10 @@ KERNELS = {
 }
 
 
-def build(label: str, target: str, reset: bool = False):
-    """Compile one kernel with the 7B's constants."""
+def build(label: str, target: str, reset: bool = False, **sizes):
+    """Compile one kernel with the 7B's constants, or with other `sizes`."""
     kernel = KERNELS[label]
-    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS, FROM_END="backward" in label)
+    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS, FROM_END="backward" in label) | sizes
     if not reset:
         constants["reset_ptr"] = None
     signature, aligned, given = {}, {}, {}
@@ -67,9 +70,9 @@ def tool(name: str, *args: str) -> str:
 
 
 @functools.cache
-def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
+def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
     """Registers, stack, spills, shared memory, and the instructions of the inner loop per state update."""
-    compiled = build(label, target, reset)
+    compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         return {k: int(re.search(rf"\.{v}:\s+(\d+)", text).group(1)) for k, v in
@@ -100,7 +103,7 @@ def count(label: str, target: str = "sm_90", reset: bool = False) -> dict:
     if "carry" in label:                    # one state a thread; Triton may have unrolled the loop
         updates = loop.count("STG")
     return {k: int(v) for k, v in usage.items()} | {"issue": len(loop) / updates} | {
-        k: loop.count(k) / updates for k in ("MUFU", "SHFL")}
+        k: loop.count(k) / updates for k in ("MUFU", "SHFL", "BAR")}
 
 
 def chunks() -> int:
@@ -125,6 +128,20 @@ def estimate(label: str, found: dict) -> dict:
     updates = b * d * n * (chunks() if "carry" in label else 1 if "step" in label else l)
     return {"HBM": traffic()[label] / HBM * 1e3} | {
         kind: updates * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3 for kind, lanes in LANES.items()}
+
+
+def warps(found: dict) -> int:
+    """How many warps of a kernel fit on an SM: by registers, given out in eights, and 32 at most."""
+    registers = triton.cdiv(found["REG"], 8) * 8
+    return min(32, 65536 // (32 * registers))
+
+
+def waiting(label: str, found: dict) -> float:
+    """Milliseconds if every warp waits for itself, and only the other warps of its SM fill the gaps."""
+    if "carry" in label or "token" in label:
+        return 0.0                                        # one state a thread, and no time to speak of
+    cycles = LOADS / (n * st.STEPS) + sum(wait * found[kind] for kind, wait in WAITS.items())
+    return b * l * d * n / 32 * cycles / (SMS * warps(found) * CLOCK) * 1e3
 
 
 def floors() -> dict[str, dict]:
@@ -228,13 +245,16 @@ def measured() -> None:
             for way, ms in took.items()))
 
 
-def total(reset: bool = False) -> dict[str, float]:
+def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
     """Estimated milliseconds of a layer's forward and of its backward."""
     ms = {"forward": 0.0, "backward": estimate("backward: sums", {})["HBM"]}
     for label, kernel in KERNELS.items():
         if "token" not in label:
             found = count(label, "sm_90", reset and "reset_ptr" in kernel.arg_names)
-            ms["backward" if "backward" in label else "forward"] += max(estimate(label, found).values())
+            slowest = max(estimate(label, found).values())
+            if waits:
+                slowest = max(slowest, waiting(label, found))
+            ms["backward" if "backward" in label else "forward"] += slowest
     return ms
 
 
@@ -245,9 +265,11 @@ def main() -> None:
     print(f"One layer of the 7B, (b, l, d, n) = {SIZES}, in {chunks()} chunks, Triton {triton.__version__}.\n"
           f"upd = state update: there are {b * l * d * n / 1e9:.2f} G, for a carry one a chunk, for a token "
           "one. Estimates, not measurements:\nthe ms each resource of an H100 SXM needs at least; * is the "
-          "slowest.\n")
+          "slowest. Beside them, how many warps fit on an\nSM by registers, and the ms of so many if a warp "
+          f"takes {WAITS['issue']} cycles an instruction, {WAITS['SHFL']} more a shuffle,\n{WAITS['BAR']} a "
+          f"barrier, and waits {LOADS} for the loads of a block.\n")
     print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
-          f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6}")
+          f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6} {'warps':>5} {'waits':>5}")
     for label in (*KERNELS, "backward: sums"):
         for target in TARGETS if label in KERNELS else ("sm_90",):
             found = count(label, target) if label in KERNELS else {}
@@ -259,10 +281,13 @@ def main() -> None:
                 line += f" {traffic()[label] / 1e6:6.0f}" + "".join(
                     f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}"
                     for k in ("HBM", "MUFU", "issue", "SHFL"))
+                if "REG" in found:
+                    line += f" {warps(found):5} {waiting(label, found):5.2f}"
             print(line.rstrip())
     print()
-    for name, reset in (("estimated", False), ("with resets", True)):
-        ms = total(reset)
+    for name, reset, waits in (("estimated", False, False), ("with resets", True, False),
+                               ("with waits", False, True)):
+        ms = total(reset, waits)
         print(f"{name}: forward {ms['forward']:.2f} ms, backward {ms['backward']:.2f} ms, "
               f"both {sum(ms.values()):.2f} ms")
     for way, ms in floors().items():
