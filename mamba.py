@@ -358,12 +358,10 @@ def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path.parent} is no checkpoint, its {path.name} no JSON: {e}") from e
-    return value
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, RecursionError) as e:       # TypeError: a list, say
+        raise ValueError(f"{path.parent} is no checkpoint: no JSON in {path.name} ({e})") from e
+
 
 def find(source: str | Path) -> Path:
     """The folder of that name, or else the local copy of the hub's repository of that name."""
@@ -400,6 +398,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
     return tensors
+
+
+def tie(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Let lm_head.weight be the embeddings; refuse another, because either may be meant."""
+    embeddings = tensors.get("backbone.embeddings.weight")
+    head = tensors.get("lm_head.weight", embeddings)
+    if embeddings is not None and not torch.equal(embeddings, head.to(embeddings.dtype)):
+        raise ValueError(f"{folder}: lm_head.weight is not backbone.embeddings.weight, though its "
+                         "config.json makes them one: set tie_word_embeddings to false there, "
+                         "or delete the wrong tensor")
+    tensors["lm_head.weight"] = embeddings
+
 
 def replace_file(new: Path, path: Path) -> None:
     """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""
