@@ -198,9 +198,9 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
         print(texts[0].pieces[-1], end="", flush=True)
     for text in texts:
         text.pieces.append("" if goes_on else text.rest())
-    print(texts[0].pieces[-1])
+    print(texts[0].pieces[-1], flush=True)
     for text in texts[1:]:
-        print("".join(text.pieces))
+        print("".join(text.pieces), flush=True)
     return made, times, state
 
 
@@ -503,11 +503,13 @@ def main() -> None:
         parser.error(f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here")
     try:
         run(args)
-    except BrokenPipeError:     # whoever read the text has had enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if args.save_state:
+    except OSError as error:
+        sys.stdout = None       # or Python would try once more to write what it holds
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(f"sample.py: {error}")
+        if args.save_state:     # without it all is well: whoever read the text had enough (`| head`)
             sys.exit(f"sample.py: the text's reader left early; {args.save_state} is not written")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:
         words = str(error)
