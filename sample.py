@@ -31,8 +31,7 @@ from mamba import Block, Mamba, State, find, read_json, replace_file
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
-SMALL = 10e6    # bytes of weights. One thread computes a token of fewer as fast as two, and it waits for
-                # no other: two threads beside a busy process wrote 100 times slower than one.
+SMALL = 10e6    # bytes of weights: with fewer, one thread is as fast, and needs not wait for another
 TAIL = 16       # tokens that are decoded again with the next ones, whose text may depend on them
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -262,7 +261,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"cannot read the tokenizer {path}: {str(error)!r:.300}") from error
     tokenizer.no_truncation()       # a file may ask for these two
     tokenizer.no_padding()
-    tokenizer.post_processor = None     # which may add a token at the front: Falcon-Mamba has none there
     return tokenizer
 
 
@@ -328,8 +326,7 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
     folder = find(args.model)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     stop = end_tokens(folder, tokenizer)
-    four_bits = args.quantize == "int4"
-    model = Mamba.from_pretrained(folder, args.device, DTYPES[args.dtype], four_bits)
+    model = Mamba.from_pretrained(folder, args.device, DTYPES[args.dtype], bool(args.quantize))
     size = vocabulary(tokenizer)
     if size > model.config.vocab_size:
         raise ValueError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
@@ -419,7 +416,7 @@ def report(times: list[float], rows: list[list[int]], model: Mamba) -> None:
         if not model.config.tie_embeddings:     # of the embeddings a token reads one row, not all
             read -= model.backbone.embeddings.weight.nbytes
         facts += f"; decode {rate * len(rows):.1f} tokens/s, {rate * read / 1e9:.1f} GB/s of weights"
-    if model.lm_head.weight.is_cuda:
+    if model.backbone.embeddings.weight.is_cuda:
         facts += f"; at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
     elif os.name == "posix":
         import resource     # not on Windows
@@ -488,7 +485,7 @@ def main() -> None:
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
-    add("--quantize", choices=["int4"], help="weights in 4 bits: a third of the memory, 8 %% off")
+    add("--quantize", choices=["int4"], help="4 bits a weight: a third of bf16's memory, and inexact")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
     add("--save-state", type=new_file, metavar="FILE", help="where to keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")

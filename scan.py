@@ -97,19 +97,12 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
 #     dA = sum over b, t of delta_t du_t        d(dt_t) = d(delta_t) sigmoid(dt_t + dt_bias)
 #     dD = sum over b, t of x_t ds_t            d(dt_bias) = sum over b, t of d(dt_t)
 
-# Steps in a chunk. Fewer cost Python's time, more outgrow the cache: 32 took a quarter longer to
-# train on eight sequences of 256 channels, and a seventh longer to read one of the 7B's 8192.
-CHUNK = 16
-
-
-def cut(chunk: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if v is None else v[:, chunk].contiguous() for v in tensors]
-
-
-def run_chunk(decays, hs, x, delta, A, B, C, h, reset):
-    """Fill in a chunk's decays and states hs, both (b, c, n, d), from the state h -> C_t . h_t."""
-    # exp(v) = exp2(v log2(e)), and PyTorch's exp2 is the faster one on a CPU.
-    torch.mul(delta[:, :, None], A * math.log2(math.e), out=decays).exp2_()
+def run_chunk(chunk: slice, w, delta, A, B, reset, h, buffers: list[Tensor]):
+    """A chunk's decays and states, (b, c, n, d) in two buffers, from the state h before it."""
+    delta = delta[:, chunk, None]                                    # (b, c, 1, d)
+    decays = buffers[0][:, :delta.shape[1]]                          # the last chunk may be shorter
+    hs = buffers[1][:, :delta.shape[1]]
+    torch.mul(delta, A * math.log2(math.e), out=decays).exp2_()      # faster here than exp_
     if reset is not None:
         decays[reset[:, chunk]] = 0
     torch.mul(w[:, chunk, None], B[:, chunk, :, None], out=hs)       # at first the drives
@@ -131,12 +124,11 @@ class Chunked(torch.autograd.Function):
         delta = F.softplus(dt + dt_bias)                             # (b, l, d)
         w = delta * x
         y = torch.empty_like(x)
-        starts = []                                               # the state before each chunk
-        buffers = [h.new_empty(len(x), CHUNK, *A.shape) for _ in range(2)]
-        for t in range(0, x.shape[1], CHUNK):
-            chunk = slice(t, t + CHUNK)
-            xc, dtc, Bc, Cc, zc, resetc = cut(chunk, x, dt, B, C, z, reset)
-            decays, hs = (v[:, :xc.shape[1]] for v in buffers)    # the last chunk may be shorter
+        starts = []                                                  # the state before each chunk
+        ctx.size = 32 if len(x) == 1 else 16                         # steps: fastest when tried
+        buffers = [h.new_empty(len(x), ctx.size, *A.shape) for _ in range(2)]
+        for t in range(0, x.shape[1], ctx.size):
+            chunk = slice(t, t + ctx.size)
             starts.append(h)
             _, hs = run_chunk(chunk, w, delta, A, B, reset, h, buffers)
             y[:, chunk] = (C[:, chunk, None] @ hs)[:, :, 0]
@@ -148,25 +140,20 @@ class Chunked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable                     # no second derivatives
     def backward(ctx, dy, dh):
         x, dt, A, B, C, D, z, dt_bias, reset, *starts = ctx.saved_tensors
-        dx, ddt, dB, dC = (torch.empty_like(v) for v in (x, dt, B, C))
-        dz = None if z is None else torch.empty_like(z)
-        dA, dD = torch.zeros_like(A), torch.zeros_like(D)
-        dh = dh.mT.contiguous()                                   # (b, n, d): asked by later chunks
-        buffers = [dh.new_empty(len(x), CHUNK, *A.shape) for _ in range(3)]
+        delta = F.softplus(dt + dt_bias)                             # (b, l, d)
+        w = delta * x
+        ds = dy if z is None else dy * F.silu(z)
+        y, dw, A_du = (torch.empty_like(x) for _ in range(3))        # A_du is summed over n
+        dB, dC, dA = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A)
+        carry = dh.mT.contiguous()      # what later chunks add to dh_t of a chunk's last t
+        buffers = [carry.new_empty(len(x), ctx.size, *A.shape) for _ in range(3)]
         for i in reversed(range(len(starts))):
-            chunk = slice(i * CHUNK, (i + 1) * CHUNK)
-            xc, dtc, Bc, Cc, zc, resetc, dyc = cut(chunk, x, dt, B, C, z, reset, dy)
-            decays, hs, dhs = (v[:, :xc.shape[1]] for v in buffers)
-            delta = F.softplus(dtc + dt_bias)                     # (b, c, d)
-            yc = run_chunk(decays, hs, xc, delta, A, Bc, Cc, starts[i], resetc)
-            if z is not None:
-                gate = torch.sigmoid(zc)                          # SiLU(z) = z gate
-                dz[:, chunk] = dyc * torch.addcmul(yc, D, xc) * gate * (1 + zc * (1 - gate))
-            g = dyc if z is None else dyc * zc * gate             # (b, c, d)
-
-            torch.mul(Cc[..., None], g[:, :, None], out=dhs)      # (b, c, n, d)
-            dhs[:, -1] += dh
-            for t in reversed(range(xc.shape[1] - 1)):
+            chunk = slice(i * ctx.size, (i + 1) * ctx.size)
+            decays, hs = run_chunk(chunk, w, delta, A, B, reset, starts[i], buffers)
+            dhs = buffers[2][:, :hs.shape[1]]                        # (b, c, n, d)
+            torch.mul(C[:, chunk, :, None], ds[:, chunk, None], out=dhs)
+            dhs[:, -1] += carry
+            for t in reversed(range(hs.shape[1] - 1)):
                 dhs[:, t].addcmul_(decays[:, t + 1], dhs[:, t + 1])
             carry = decays[:, 0] * dhs[:, 0]
             y[:, chunk] = (C[:, chunk, None] @ hs)[:, :, 0]

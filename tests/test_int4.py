@@ -102,7 +102,7 @@ def test_a_model_in_shards_loads_in_four_bits_and_is_near_its_own(tmp_path, chan
     assert 1e-3 < error(four(x)[0], own) < 0.3
     steps = torch.stack(list(sample.generate(four, x, 5, 0)))
     assert steps.shape == (5, 2)
-    with pytest.raises(ValueError, match="four bits"):
+    with pytest.raises(ValueError, match="4 bits"):
         four.save_pretrained(tmp_path / "again")
 
 
