@@ -54,13 +54,11 @@ def call(pristine, tmp_path, monkeypatch, capsys):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "model", "--max-new-tokens", "3", *flags])
         capsys.readouterr()
-        stdout = sys.stdout
         status = 0
         try:
             sample.main()
         except SystemExit as end:
             status = end.code
-        sys.stdout = stdout     # which the program gives up if it cannot write
         out, err = capsys.readouterr()
         notes = "loading ", "usage:", " ", "warning:"
         words = [line for line in err.splitlines() if not line.startswith(notes) and " GB of weights" not in line]
@@ -244,14 +242,13 @@ def test_closed_standard_error_does_not_change_the_text(call, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, after, status, says", [
-    ("", "| head -c 1", 0, "loaded in"), ("--prompt b --max-new-tokens 0", "| head -c 1", 0, "loaded in"),
+    ("", "| head -c 1", 0, "loaded in"),
     ("--save-state kept", "| head -c 1", 1, "sample.py: the text's reader left early; "),
     ("", "> /dev/full", 1, "sample.py: [Errno 28]")])
 def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, says):
-    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --max-new-tokens 3000 --prompt a {flags}"
-    command = ["bash", "-o", "pipefail", "-c", f"{line} {after}"]
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=buffered)
+    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt a {flags}"
+    command = ["bash", "-o", "pipefail", "-c", f"{line} --max-new-tokens 3000 {after}"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     last = ended.stderr.splitlines()[-1]
     assert ended.returncode == status and says in last and not [*tmp_path.iterdir()]
     assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
