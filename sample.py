@@ -261,6 +261,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"cannot read the tokenizer {path}: {str(error)!r:.300}") from error
     tokenizer.no_truncation()       # a file may ask for these two
     tokenizer.no_padding()
+    tokenizer.post_processor = None     # or it adds a token at the front, where Falcon-Mamba has none
     return tokenizer
 
 
