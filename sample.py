@@ -264,20 +264,6 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
 
 # The command line.
 
-def nf4(linear: torch.nn.Linear) -> torch.nn.Module:
-    """The same layer in 4-bit "normal floats" (QLoRA, arXiv 2305.14314)."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise ValueError("--quantize needs the package bitsandbytes: pip install bitsandbytes") from None
-    weight = linear.weight
-    small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
-                              compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-    values = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
-    small.weight = values.to(weight.device)     # here they become 4-bit
-    small.bias = linear.bias
-    return small
-
 def compile_blocks() -> None:
     """Let torch.compile fuse what a block does to one token. Prompts run as before.
 
