@@ -253,7 +253,7 @@ class Mamba(nn.Module):
         dtype = dtype or embeddings.dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
         keep_fp32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
-        del tensors, embeddings     # so that `replace` lets go of each
+        del tensors, embeddings     # so that each can go once it was copied
         for name in [name for name, _ in model.named_parameters()]:
             p = model.get_parameter(name)
             kind = torch.float32 if name.endswith(keep_fp32) else dtype
