@@ -140,7 +140,7 @@ def test_a_name_that_is_no_folder_is_a_sentence_whatever_the_hub_says(monkeypatc
     def download(*args, **kwargs):
         raise RuntimeError("404\nRepository\tnot found\n\n" + "x" * 9999)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert_refused(name, "404 Repository not found", "--model out")
+    assert_refused(name, "python train.py", "404 Repository not found")
 
 def test_shards_load_to_the_same_model_each_tensor_from_the_file_that_the_index_names(folder):
     before = logits(Mamba.from_pretrained(folder))
