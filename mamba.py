@@ -493,8 +493,8 @@ def find(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:          # the hub's client raises many kinds
         why = shorten(str(e), 200)
-        raise ValueError(f"{name!r:.200} is no folder here, nor a model from the hub ({why!r}); "
-                         "`python train.py` makes a model for `--model out`") from e
+        raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one, for "
+                         f"`--model out`; nor could it be downloaded ({why!r})") from e
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors in the folder's safetensors, one file or several, only mapped; each one's file."""
