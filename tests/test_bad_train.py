@@ -97,11 +97,11 @@ FLAGS = {
     "--data folder --out folder/made": "lies in --data", "--data folder --tokenize-to folder/made": "lies in --data",
     "--data corpus --out text/made": "Not a directory", "--tokenizer nope.json": "cannot read the tokenizer",
     "--tokenizer model/config.json": "cannot read the tokenizer", "--tokenizer endless.json": "no token <|endoftext|>",
-    "--init-from nope": "'nope' is no folder here", "--init-from=": "'' is no folder here",
+    "--init-from nope": "'nope' is not a folder", "--init-from=": "'' is no folder here",
     "--init-from model --d-model 8": "leave out d_model", "--init-from folder": "cannot read the tokenizer",
     "--init-from model --tokenizer large.json": "the tokenizer has 258 tokens, the model 257",
     "--init-from model --data of-large": "of 258 tokens, than the model, of 257; make it again with the model's",
-    "--eval-only": "'made' is no folder here", "--out model": "model already holds a model; --resume",
+    "--eval-only": "'made' is not a folder", "--out model": "model already holds a model; --resume",
     "--out model --resume": "model already holds a model",
 }
 
