@@ -41,8 +41,8 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
              interrupted: Event | None = None) -> Iterator[Tensor]:
     """Read tokens (b, l) from `state`, then yield one new token of each text, (b,), step by step.
 
-    A text that has yielded a `stop` token goes on yielding it. The steps end when all texts have, or
-    when `interrupted` is set. reset (b, l) is true where a document starts, as in Mamba.forward.
+    A text that has yielded a `stop` token goes on yielding it. Once all have, or `interrupted` is
+    set, the steps end. reset (b, l) is true where a document starts, as in Mamba.forward.
     `yield from generate(...)` returns the last state. It has read all tokens but the last.
     """
     state = state or model.blank_state(len(tokens))
@@ -104,11 +104,12 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits (b, vocab_size) -> (b,).
 
-    Temperature 0 takes the likeliest. Else one is drawn from softmax(logits / temperature): from the
-    top_k likeliest, and from the fewest of these that hold top_p of their probability.
+    Temperature 0 takes the likeliest. Else one is drawn from softmax(logits / temperature), of the
+    top_k likeliest, and of the fewest of these that hold top_p of their probability.
     """
     if not logits.isfinite().all():
-        raise ValueError("the logits are not finite: weights or state are damaged or too large for --dtype")
+        raise ValueError("the logits are not finite: the weights or the state are damaged, or too "
+                         "large for --dtype")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)             # at most 0, so softmax is safe
@@ -127,8 +128,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 class Text:
     """Tokens as text, while they are made. The bytes of an unfinished character are held back.
 
-    What a tokenizer makes of a token depends on those before it: often a text's first word loses its
-    space. So new tokens are decoded with some old ones, and what these alone give is cut off.
+    A token's text depends on those before it: often the first word of all loses its space. So new
+    tokens are decoded with some old ones, and what these alone give is cut off.
     """
     def __init__(self, tokenizer: Tokenizer, shown=(), waiting=()):
         self.tokenizer = tokenizer
@@ -136,7 +137,7 @@ class Text:
         self.waiting = [*waiting]       # the tokens after them
 
     def show(self, ended: bool) -> str:
-        """The text of the tokens that wait. If it has not ended, half a character goes on waiting."""
+        """The text of what waits. If it has not ended, half a character goes on waiting."""
         decode = partial(self.tokenizer.decode, skip_special_tokens=False)
         tokens = self.shown + self.waiting
         if not ended:
@@ -211,7 +212,7 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokens
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """What ends a text: <|endoftext|>, and what generation_config.json says, or else config.json."""
+    """What ends a text: <|endoftext|>, and what generation_config.json or config.json says."""
     ids = []
     for name in "config.json", "generation_config.json":
         if (folder / name).exists():
@@ -242,7 +243,8 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
         return state, [], []
     try:
         found = load_file(path)
-        conv, ssm, *lists = [found[name] for name in ("conv", "ssm", "shown", "waiting")]
+        conv, ssm = found["conv"], found["ssm"]
+        shown, waiting = found["shown"], found["waiting"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a state file: {str(error)!r:.300}") from error
     for layers, kept in (state.conv, conv), (state.ssm, ssm):
@@ -252,13 +254,12 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
                              f"model needs {needed} in floats")
         for layer, values in zip(layers, kept):
             layer.copy_(values)                                 # (b, ...) from (1, ...)
-    size = model.config.vocab_size
-    for tokens in lists:
-        is_list = tokens.dtype == torch.int64 and tokens.dim() == 1
-        if not is_list or tokens.lt(0).any() or tokens.ge(size).any():
-            raise ValueError(f"{path} is damaged: no list of tokens from 0 to {size - 1} is "
-                             f"{tokens.tolist()!r:.200}")
-    return state, lists[0].tolist(), lists[1].tolist()
+    for tokens in shown, waiting:
+        if tokens.dtype != torch.int64 or tokens.dim() != 1:
+            raise ValueError(f"{path} has tokens of {[*tokens.shape]} in {tokens.dtype}, not a list")
+        if tokens.lt(0).any() or tokens.ge(model.config.vocab_size).any():
+            raise ValueError(f"{path} has tokens that the model has not: {tokens.tolist()!r:.200}")
+    return state, shown.tolist(), waiting.tolist()
 
 
 # The command line.
@@ -328,7 +329,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [unread + encode(tokenizer, prompt) for prompt in prompts]
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
-    # Shorter prompts are padded on the left. A reset at their first token makes the padding invisible.
+    # Shorter prompts are padded on the left. A reset at their first token hides the padding.
     length = max(map(len, rows))
     tokens = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=args.device)
     first = torch.tensor([[length - len(row)] for row in rows], device=args.device)         # (b, 1)
@@ -340,11 +341,8 @@ def run(args: argparse.Namespace) -> None:
         compile_blocks()
 
     interrupted = Event()
-    def press(*_):
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # a second one ends at once
-    if args.save_state:     # Ctrl-C then ends the text after a whole token, and not at once
-        signal.signal(signal.SIGINT, press)
+    if args.save_state:     # Ctrl-C then ends the text after a whole token
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                      stop, generator, state, reset, interrupted)
@@ -374,14 +372,11 @@ def report(times: list[float], rows: list[list[int]], device: torch.device) -> N
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of that kind from low to high."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {name} from {low} to {high}")
+        value = kind(text)      # argparse itself tells of a ValueError
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r:.50} is not from {low} to {high}")
         return value
+    parse.__name__ = kind.__name__
     return parse
 
 def new_file(text: str) -> Path:
@@ -406,7 +401,6 @@ def device(text: str) -> torch.device:
     return found.device
 
 def main() -> None:
-    sys.stderr = sys.stderr or open(os.devnull, "w")        # None if it is closed
     for stream in sys.stdin, sys.stdout:
         if hasattr(stream, "reconfigure"):                  # Windows has another encoding for pipes
             stream.reconfigure(encoding="utf-8")
@@ -414,19 +408,19 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
         help="folder or Hugging Face hub id (default %(default)s)")
-    add("--prompt", action="append", help="text to continue, - for standard input; repeat for a batch")
+    add("--prompt", action="append", help="text to continue; - for standard input; again for a batch")
     add("--max-new-tokens", type=number(int, 0, 10**9), default=200, help="default %(default)s")
-    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: the likeliest (default 0.8)")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: likeliest (default 0.8)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
-    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this probability")
+    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest, up to this probability")
     add("--seed", type=number(int, 0, 2**63 - 1), default=time.time_ns(),
-        help="the same seed and flags write the same text (default: drawn at random, and printed)")
-    add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
-    add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
+        help="the same seed and flags write the same text (default: another each time, and printed)")
+    add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts a prompt (default 1)")
+    add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: a GPU, or cpu)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
     add("--quantize", choices=["nf4"], help="4-bit weights, through the package bitsandbytes")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
-    add("--save-state", type=new_file, metavar="FILE", help="where to keep the state after the text")
+    add("--save-state", type=new_file, metavar="FILE", help="keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
     args = parser.parse_args()
     args.prompt = args.prompt or [""]
