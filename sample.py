@@ -170,12 +170,12 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
     while True:
         try:
             made.append(next(steps).tolist())
-        except StopIteration as end:    # so a generator returns
+        except StopIteration as end:    # it carries what the generator returns
             state = end.value
             break
         times.append(time.perf_counter())
         for text, token, parts in zip(texts, made[-1], pieces):
-            if token in stop:           # not shown; a text that has ended yields it again and again
+            if token in stop:           # it is not shown; an ended text yields it at each step
                 parts.append(text.show(ended=True))
                 text.shown.append(token)
             else:
@@ -224,7 +224,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None:
         return ids
-    # 0 is transformers' default. The published pre-decay file has it, although 0 is >>TITLE<<.
+    # 0 is transformers' default, so the published pre-decay file has it. There it is >>TITLE<<.
     return [end, *(token for token in ids if token not in (0, end))]
 
 def save_state(path: Path, state: State, text: Text) -> None:
@@ -256,7 +256,7 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
             layer.copy_(values)                                 # (b, ...) from (1, ...)
     for tokens in shown, waiting:
         if tokens.dtype != torch.int64 or tokens.dim() != 1:
-            raise ValueError(f"{path} has tokens of {[*tokens.shape]} in {tokens.dtype}, not a list")
+            raise ValueError(f"{path} has tokens of {[*tokens.shape]} in {tokens.dtype}, no list")
         if tokens.lt(0).any() or tokens.ge(model.config.vocab_size).any():
             raise ValueError(f"{path} has tokens that the model has not: {tokens.tolist()!r:.200}")
     return state, shown.tolist(), waiting.tolist()
@@ -341,7 +341,7 @@ def run(args: argparse.Namespace) -> None:
         compile_blocks()
 
     interrupted = Event()
-    if args.save_state:     # Ctrl-C then ends the text after a whole token
+    if args.save_state:     # Ctrl-C then waits for a whole token, because its state is to be kept
         signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
@@ -408,13 +408,13 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
         help="folder or Hugging Face hub id (default %(default)s)")
-    add("--prompt", action="append", help="text to continue; - for standard input; again for a batch")
+    add("--prompt", action="append", help="text to go on from; -: standard input; again: a batch")
     add("--max-new-tokens", type=number(int, 0, 10**9), default=200, help="default %(default)s")
     add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: likeliest (default 0.8)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
-    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest, up to this probability")
+    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this much")
     add("--seed", type=number(int, 0, 2**63 - 1), default=time.time_ns(),
-        help="the same seed and flags write the same text (default: another each time, and printed)")
+        help="the same seed and flags write the same text (default: a new one, printed)")
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts a prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: a GPU, or cpu)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
@@ -438,7 +438,7 @@ def main() -> None:
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:
         words = str(error)
-        if re.search(r"C(\+\+)? compiler", words):      # torch.compile and Triton need one
+        if re.search(r"C(\+\+)? compiler", words):       # torch.compile and Triton need one
             sys.exit(f"sample.py: {words.splitlines()[0]}")
         if "out of memory" not in words and "can't allocate memory" not in words:
             raise

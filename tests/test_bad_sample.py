@@ -221,26 +221,13 @@ def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, 
     assert ended.returncode == status and says in last and not [*tmp_path.iterdir()]
     assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
 
-def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_on(tmp_path):
-    command = [sys.executable, sample.__file__, "--prompt", "a"]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    ended = subprocess.run(command, capture_output=True, text=True, env=offline)
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert_sentence(ended.stderr.splitlines()[-1], "tiiuae/falcon-mamba-7b-pre-decay", "--model out")
-
-
 # Writing a state.
 
-def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(call, monkeypatch):
+def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(call):
     before = Path("state").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fail(*_):
-        raise OSError("the disk was pulled out")
-    for size, replace in (500, sample.replace_file), (limit[0], fail):      # a full disk, and one that fails
-        monkeypatch.setattr(sample, "replace_file", replace)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-        status, _, words = call("--prompt", "other", "--save-state", "state")
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert status == 1 and Path("state").read_bytes() == before
-        assert_sentence(words, "sample.py: ")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    status, _, words = call("--prompt", "other", "--save-state", "state")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 1 and Path("state").read_bytes() == before
+    assert_sentence(words, "sample.py: ")
