@@ -42,8 +42,8 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
              interrupted: Event | None = None) -> Iterator[Tensor]:
     """Read tokens (b, l) from `state`, then yield one new token of each text, (b,), step by step.
 
-    A text that has yielded a `stop` token goes on yielding it. The steps end when all texts have, or
-    when `interrupted` is set. reset (b, l) is true where a document starts, as in Mamba.forward.
+    A text that has yielded a `stop` token goes on yielding it. Once all have, or `interrupted` is
+    set, the steps end. reset (b, l) is true where a document starts, as in Mamba.forward.
     `yield from generate(...)` returns the last state. It has read all tokens but the last.
     """
     state = state or model.blank_state(len(tokens))
@@ -105,11 +105,12 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits (b, vocab_size) -> (b,).
 
-    Temperature 0 takes the likeliest. Else one is drawn from softmax(logits / temperature): from the
-    top_k likeliest, and from the fewest of these that hold top_p of their probability.
+    Temperature 0 takes the likeliest. Else one is drawn from softmax(logits / temperature), of the
+    top_k likeliest, and of the fewest of these that hold top_p of their probability.
     """
     if not logits.isfinite().all():
-        raise ValueError("the logits are not finite: weights or state are damaged or too large for --dtype")
+        raise ValueError("the logits are not finite: the weights or the state are damaged, or too "
+                         "large for --dtype")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)             # at most 0, so softmax is safe
@@ -128,8 +129,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 class Text:
     """Tokens as text, while they are made. The bytes of an unfinished character are held back.
 
-    What a tokenizer makes of a token depends on those before it: often a text's first word loses its
-    space. So new tokens are decoded with some old ones, and what these alone give is cut off.
+    A token's text depends on those before it: often the first word of all loses its space. So new
+    tokens are decoded with some old ones, and what these alone give is cut off.
     """
     def __init__(self, tokenizer: Tokenizer, shown=(), waiting=()):
         self.tokenizer = tokenizer
@@ -137,7 +138,7 @@ class Text:
         self.waiting = [*waiting]       # the tokens after them
 
     def show(self, ended: bool) -> str:
-        """The text of the tokens that wait. If it has not ended, half a character goes on waiting."""
+        """The text of what waits. If it has not ended, half a character goes on waiting."""
         decode = partial(self.tokenizer.decode, skip_special_tokens=False)
         tokens = self.shown + self.waiting
         if not ended:
@@ -170,12 +171,12 @@ def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], sto
     while True:
         try:
             made.append(next(steps).tolist())
-        except StopIteration as end:    # so a generator returns
+        except StopIteration as end:    # it carries what the generator returns
             state = end.value
             break
         times.append(time.perf_counter())
         for text, token, parts in zip(texts, made[-1], pieces):
-            if token in stop:           # not shown; a text that has ended yields it again and again
+            if token in stop:           # it is not shown; an ended text yields it at each step
                 parts.append(text.show(ended=True))
                 text.shown.append(token)
             else:
@@ -212,7 +213,7 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokens
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """What ends a text: <|endoftext|>, and what generation_config.json says, or else config.json."""
+    """What ends a text: <|endoftext|>, and what generation_config.json or config.json says."""
     ids = []
     for name in "config.json", "generation_config.json":
         if (folder / name).exists():
@@ -224,7 +225,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None:
         return ids
-    # 0 is transformers' default. The published pre-decay file has it, although 0 is >>TITLE<<.
+    # 0 is transformers' default, so the published pre-decay file has it. There it is >>TITLE<<.
     return [end, *(token for token in ids if token not in (0, end))]
 
 def save_state(path: Path, state: State, text: Text) -> None:
@@ -243,7 +244,8 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
         return state, [], []
     try:
         found = load_file(path)
-        conv, ssm, *lists = [found[name] for name in ("conv", "ssm", "shown", "waiting")]
+        conv, ssm = found["conv"], found["ssm"]
+        shown, waiting = found["shown"], found["waiting"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a state file: {str(error)!r:.300}") from error
     for layers, kept in (state.conv, conv), (state.ssm, ssm):
@@ -253,13 +255,12 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
                              f"model needs {needed} in floats")
         for layer, values in zip(layers, kept):
             layer.copy_(values)                                 # (b, ...) from (1, ...)
-    size = model.config.vocab_size
-    for tokens in lists:
-        is_list = tokens.dtype == torch.int64 and tokens.dim() == 1
-        if not is_list or tokens.lt(0).any() or tokens.ge(size).any():
-            raise ValueError(f"{path} is damaged: no list of tokens from 0 to {size - 1} is "
-                             f"{tokens.tolist()!r:.200}")
-    return state, lists[0].tolist(), lists[1].tolist()
+    for tokens in shown, waiting:
+        if tokens.dtype != torch.int64 or tokens.dim() != 1:
+            raise ValueError(f"{path} has tokens of {[*tokens.shape]} in {tokens.dtype}, no list")
+        if tokens.lt(0).any() or tokens.ge(model.config.vocab_size).any():
+            raise ValueError(f"{path} has tokens that the model has not: {tokens.tolist()!r:.200}")
+    return state, shown.tolist(), waiting.tolist()
 
 
 # The command line.
@@ -315,7 +316,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [unread + encode(tokenizer, prompt) for prompt in prompts]
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
-    # Shorter prompts are padded on the left. A reset at their first token makes the padding invisible.
+    # Shorter prompts are padded on the left. A reset at their first token hides the padding.
     length = max(map(len, rows))
     tokens = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=args.device)
     first = torch.tensor([[length - len(row)] for row in rows], device=args.device)         # (b, 1)
@@ -327,11 +328,8 @@ def run(args: argparse.Namespace) -> None:
         compile_blocks()
 
     interrupted = Event()
-    def press(*_):
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # a second one ends at once
-    if args.save_state:     # Ctrl-C then ends the text after a whole token, and not at once
-        signal.signal(signal.SIGINT, press)
+    if args.save_state:     # Ctrl-C then waits for a whole token, because its state is to be kept
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                      stop, generator, state, reset, interrupted)
@@ -361,14 +359,11 @@ def report(times: list[float], rows: list[list[int]], device: torch.device) -> N
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of that kind from low to high."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r:.50} is no {name} from {low} to {high}")
+        value = kind(text)      # argparse itself tells of a ValueError
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r:.50} is not from {low} to {high}")
         return value
+    parse.__name__ = kind.__name__
     return parse
 
 def new_file(text: str) -> Path:
@@ -393,7 +388,6 @@ def device(text: str) -> torch.device:
     return found.device
 
 def main() -> None:
-    sys.stderr = sys.stderr or open(os.devnull, "w")        # None if it is closed
     for stream in sys.stdin, sys.stdout:
         if hasattr(stream, "reconfigure"):                  # Windows has another encoding for pipes
             stream.reconfigure(encoding="utf-8")
@@ -401,19 +395,19 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
         help="folder or Hugging Face hub id (default %(default)s)")
-    add("--prompt", action="append", help="text to continue, - for standard input; repeat for a batch")
+    add("--prompt", action="append", help="text to go on from; -: standard input; again: a batch")
     add("--max-new-tokens", type=number(int, 0, 10**9), default=200, help="default %(default)s")
-    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: the likeliest (default 0.8)")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0: likeliest (default 0.8)")
     add("--top-k", type=number(int, 1, 10**9), help="draw from the k likeliest tokens")
-    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this probability")
+    add("--top-p", type=number(float, 1e-9, 1), help="draw from the likeliest that hold this much")
     add("--seed", type=number(int, 0, 2**63 - 1), default=time.time_ns(),
-        help="the same seed and flags write the same text (default: drawn at random, and printed)")
-    add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts from each prompt (default 1)")
-    add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: cuda if there is one)")
+        help="the same seed and flags write the same text (default: a new one, printed)")
+    add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts a prompt (default 1)")
+    add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: a GPU, or cpu)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
     add("--quantize", choices=["int4"], help="4 bits a weight: a third of bf16's memory, and inexact")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
-    add("--save-state", type=new_file, metavar="FILE", help="where to keep the state after the text")
+    add("--save-state", type=new_file, metavar="FILE", help="keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
     args = parser.parse_args()
     args.prompt = args.prompt or [""]
@@ -433,7 +427,7 @@ def main() -> None:
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:
         words = str(error)
-        if re.search(r"C(\+\+)? compiler", words):      # torch.compile and Triton need one
+        if re.search(r"C(\+\+)? compiler", words):       # torch.compile and Triton need one
             sys.exit(f"sample.py: {words.splitlines()[0]}")
         if "out of memory" not in words and "can't allocate memory" not in words:
             raise
