@@ -49,6 +49,8 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     state = state or model.blank_state(len(tokens))
     # All tokens but the last are only read. The last is read in the loop below, like each new one.
     last = tokens.shape[1] - 1
+    if last < 0:
+        raise ValueError("there is no token to read; a prompt has at least one")
     for begin in range(0, last, PIECE):
         end = min(begin + PIECE, last)
         starts = None if reset is None else reset[:, begin:end]
@@ -234,8 +236,11 @@ def save_state(path: Path, state: State, text: Text) -> None:
     tensors["shown"] = torch.tensor(text.shown[-RECENT:], dtype=torch.int64)
     tensors["waiting"] = torch.tensor(text.waiting, dtype=torch.int64)
     new = path.with_name(path.name + ".partial")
-    new.write_bytes(save(tensors))
-    replace_file(new, path)
+    try:
+        new.write_bytes(save(tensors))
+        replace_file(new, path)
+    finally:
+        new.unlink(missing_ok=True)     # a full disk leaves half of it
 
 def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list[int], list[int]]:
     """A file's state, once for each of `batch` texts; the tokens it has shown; those that wait."""
@@ -305,7 +310,7 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
 def run(args: argparse.Namespace) -> None:
     prompts = args.prompt * args.num_samples
     if "-" in prompts:
-        typed = sys.stdin.read().removesuffix("\n")
+        typed = sys.stdin.read().removesuffix("\n") if sys.stdin else ""        # None: closed
         prompts = [typed if prompt == "-" else prompt for prompt in prompts]
     if not args.load_state and not all(prompts):
         raise ValueError("without --load-state, each --prompt needs text; so does standard input")
@@ -388,6 +393,7 @@ def device(text: str) -> torch.device:
     return found.device
 
 def main() -> None:
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # None: closed
     for stream in sys.stdin, sys.stdout:
         if hasattr(stream, "reconfigure"):                  # Windows has another encoding for pipes
             stream.reconfigure(encoding="utf-8")
