@@ -162,11 +162,12 @@ class Mixer(nn.Module):
         window = window.float()
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
         for i in range(k - 1):
-            tap = window[:, i:i + l] * weight[i]                            # (b, l, d)
-            if reset is not None:
+            inputs = window[:, i:i + l]                                     # (b, l, d)
+            if reset is None:
+                y.addcmul_(inputs, weight[i])
+            else:
                 other = doc[:, i:i + l] != doc[:, k - 1:]                   # (b, l)
-                tap.masked_fill_(other[..., None], 0)
-            y += tap
+                y += (inputs * weight[i]).masked_fill_(other[..., None], 0)
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
@@ -492,8 +493,8 @@ def find(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:          # the hub's client raises many kinds
         why = shorten(str(e), 200)
-        raise ValueError(f"{name!r:.200} is no folder here, nor a model from the hub ({why!r}); "
-                         "`python train.py` makes a model for `--model out`") from e
+        raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one, for "
+                         f"`--model out`; nor could it be downloaded ({why!r})") from e
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors in the folder's safetensors, one file or several, only mapped; each one's file."""

@@ -166,9 +166,9 @@ class Chunked(torch.autograd.Function):
             du[:, 1:] *= hs[:, :-1]
             A_du[:, chunk] = torch.mul(du, A, out=decays).sum(2)
             dA += du.mul_(delta[:, chunk, None]).sum((0, 1))
-        dx = delta * dw + D * ds
-        ddt = (x * dw + A_du) * torch.sigmoid(dt + dt_bias)
-        dz = None if z is None else torch.ops.aten.silu_backward(dy * (y + D * x), z)
+        ddt = A_du.addcmul_(x, dw).mul_(torch.sigmoid(dt + dt_bias))
+        dx = dw.mul_(delta).addcmul_(D, ds)
+        dz = None if z is None else torch.ops.aten.silu_backward(y.addcmul_(D, x).mul_(dy), z)
         dD = (x * ds).sum((0, 1))
         return dx, ddt, dA.T, dB, dC, dD, dz, ddt.sum((0, 1)), carry.mT, None
 
@@ -197,7 +197,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     D = A.new_zeros(d) if D is None else D
     dt_bias = A.new_zeros(d) if dt_bias is None else dt_bias
     h0 = A.new_zeros(len(x), d, n) if h0 is None else h0
-    inputs = [None if v is None else v.float() for v in (x, dt, A, B, C, D, z, dt_bias, h0)]
+    inputs = [x, dt, A, B, C, D, z, dt_bias, h0]
+    inputs = [None if v is None else v.float().contiguous() for v in inputs]
     device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
     with torch.autocast(device, enabled=False):     # it would take the products in 16 bits
         y, h = BACKENDS[backend](*inputs, reset)
