@@ -97,7 +97,7 @@ FLAGS = {
     "--prompt a --top-k 0": "from 1", "--prompt a --top-k -3": "from 1", "--prompt a --top-p 0": "'0' is no",
     "--prompt a --top-p 1.1": "from 1e-09 to 1", "--prompt a --top-p nan": "'nan'", "--prompt a --seed -1": "'-1'",
     f"--prompt a --seed {2**64}": "from 0", "--prompt a --num-samples 0": "from 1",
-    "--prompt a --dtype int8": "invalid choice", "--prompt a --quantize nf4": "choose from",
+    "--prompt a --dtype int8": "invalid choice", "--prompt a --quantize int4": "invalid choice",
     "--prompt a --device warp9": "'warp9' is not usable here", "--prompt a --device=": "'' is not usable here",
     "--prompt a --device cuda:99": "try cpu", "--prompt a --device cpu:-1": "try cpu",
     "--prompt a --device meta": "'meta' is not usable", "--prompt a --device xla": "try cpu",
@@ -193,6 +193,8 @@ def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(tmp_path)
 
 
 def test_what_this_machine_lacks_is_named(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)       # import then raises ImportError
+    refused("--prompt", "a", "--quantize", "nf4", says=["pip install bitsandbytes"])
     monkeypatch.setenv("CXX", "no-such-compiler")
     refused("--prompt", "a", "--compile", says=["--compile", "no-such-compiler"])
 
@@ -216,7 +218,7 @@ def test_numbers_that_are_not_finite_and_memory_that_is_full_end_in_a_sentence(c
     monkeypatch.setattr(Mamba, "forward", lambda self, *_: (torch.full((1, 1, 257), NAN), None))
     assert_sentence(call("--prompt", "a")[2], "not finite")
     monkeypatch.setattr(Mamba, "forward", lambda *_: torch.empty(2**45))    # a plain RuntimeError on a CPU
-    assert_sentence(call("--prompt", "a")[2], "sample.py: out of memory", "--quantize int4")
+    assert_sentence(call("--prompt", "a")[2], "sample.py: out of memory", "--quantize nf4")
 
 
 # Standard input, output and error.
