@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Table -> peer -> the packages that it needs, as pip calls them.
 PEERS = {
     "generate": {"ours": [], "ours, --compile": [], "transformers": ["transformers"],
-                 "llama.cpp": ["llama-cpp-python", "gguf"]},
+                 "llama.cpp": ["llama-cpp-python", "gguf"], "ours, 4 bits, --compile": [],
+                 "llama.cpp, Q4_0": ["llama-cpp-python", "gguf"]},
     "training": {"ours": [], "transformers, mambapy": ["transformers", "mambapy"]},
     "length": {"ours": [], "attention": ["transformers"]},
 }
@@ -77,6 +78,8 @@ def make(folder: Path, sizes: dict) -> None:
         Mamba(config).to(dtype).save_pretrained(folder / name)
     if version("gguf"):
         to_gguf(folder / "generate")
+    if version("gguf") and version("llama-cpp-python"):
+        to_q4_0(folder / "generate")
 
 
 # A part of our name -> the same part of llama.cpp's, in this order.
@@ -127,6 +130,16 @@ def to_gguf(folder: Path) -> None:
     file.close()
 
 
+def to_q4_0(folder: Path) -> None:
+    """The same in 4 bits, with llama.cpp's own quantiser."""
+    import ctypes
+    import llama_cpp
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    source = str(folder / "model.gguf").encode()
+    llama_cpp.llama_model_quantize(source, str(folder / "q4_0.gguf").encode(), ctypes.byref(settings))
+
+
 def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
     import torch
     return torch.randint(12, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -135,11 +148,11 @@ def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
 # Writers: each loads the model and returns a function, from a prompt to an iterator over the tokens that
 # follow it, likeliest first.
 
-def ours(folder: Path, device: str, threads: int, compiled: bool = False):
+def ours(folder: Path, device: str, threads: int, compiled: bool = False, quantize: bool = False):
     import torch
     from mamba import Mamba
     from sample import compile_blocks, generate
-    model = Mamba.from_pretrained(folder, device)
+    model = Mamba.from_pretrained(folder, device, quantize=quantize)
     if compiled:
         compile_blocks()
 
@@ -166,10 +179,10 @@ def reference(folder: Path, device: str, threads: int):
     return write
 
 
-def llama_cpp(folder: Path, device: str, threads: int):
+def llama_cpp(folder: Path, device: str, threads: int, file: str = "model.gguf"):
     import llama_cpp
     import numpy as np
-    llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=4096, n_batch=512, n_threads=threads,
+    llama = llama_cpp.Llama(str(folder / file), n_ctx=4096, n_batch=512, n_threads=threads,
                             n_threads_batch=threads, verbose=False)
     size = llama.n_vocab()
 
@@ -185,7 +198,8 @@ def llama_cpp(folder: Path, device: str, threads: int):
 
 
 WRITERS = {"ours": ours, "ours, --compile": partial(ours, compiled=True), "transformers": reference,
-           "llama.cpp": llama_cpp}
+           "llama.cpp": llama_cpp, "llama.cpp, Q4_0": partial(llama_cpp, file="q4_0.gguf"),
+           "ours, 4 bits, --compile": partial(ours, compiled=True, quantize=True)}
 
 
 # Tables: each is a generator. Every next() is one round, and yields its figures.
@@ -337,7 +351,7 @@ def usable(job: str, peer: str, device: str) -> bool:
     if missing:
         print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
         return False
-    if peer == "llama.cpp" and device != "cpu":
+    if peer.startswith("llama.cpp") and device != "cpu":
         print("without llama.cpp: its package is built for the CPU", file=sys.stderr)
         return False
     return True

@@ -1,6 +1,7 @@
 """Weights in four bits, 16-bit products without units for them, and code that is compiled anew."""
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_a_model_in_shards_loads_in_four_bits_and_is_near_its_own(tmp_path, chan
     assert steps.shape == (5, 2)
     with pytest.raises(ValueError, match="4 bits"):
         four.save_pretrained(tmp_path / "again")
+
+
+def test_each_weight_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
+    """Or a model in 4 bits would first need the memory of the whole one."""
+    given = []
+
+    class Spy(Int4Linear):
+        def __init__(self, weight, bias):
+            assert all(former() is None for former in given)
+            given.append(weakref.ref(weight))
+            super().__init__(weight.clone(), bias)
+    monkeypatch.setattr(mamba, "Int4Linear", Spy)
+    small().save_pretrained(tmp_path)
+    Mamba.from_pretrained(tmp_path, quantize=True)
+    assert len(given) == 3 * 2 + 1
 
 
 @torch.no_grad()
