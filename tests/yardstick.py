@@ -17,7 +17,6 @@ from train import RECIPES, byte_tokenizer, read_source, standard_library
 
 LAST = 4            # bytes that the n-gram model looks back: with 3 or 5 it takes more bits
 
-
 def ngram_bits(seen: bytes, text: bytes) -> float:
     """By Witten and Bell's smoothing: the more kinds of bytes followed, the more counts a byte less."""
     grams = Counter(seen[i - n:i + 1] for n in range(LAST + 1) for i in range(n, len(seen)))
@@ -34,7 +33,6 @@ def ngram_bits(seen: bytes, text: bytes) -> float:
                 p = (grams[text[i - n:i + 1]] + kinds[last] * p) / (total[last] + kinds[last])
         bits -= math.log2(p)
     return bits
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
