@@ -7,7 +7,7 @@ vector of d_model numbers for each token, and adds to it:
     x, z = in_proj(RMSNorm(stream))            (b, l, d) each: a signal, and the gate of its result
     x = SiLU(conv(x))                          each channel sees its own last d_conv inputs
     dt, B, C = x_proj(x)                       (b, l, r), (b, l, n), (b, l, n): see scan.py
-    dt, B, C = norm(dt), norm(B), norm(C)      all that Falcon-Mamba adds: training stays stable
+    dt, B, C = norm(dt), norm(B), norm(C)      no weights; Falcon-Mamba's addition, for stability
     y = scan(x, dt_proj(dt), A, B, C, D, z)    dt_proj widens dt to (b, l, d), and has dt_bias
     stream = stream + out_proj(y)
 
@@ -45,9 +45,9 @@ class MambaConfig:
     n_layer: int = 64
     d_state: int = 16
     d_conv: int = 4
-    expand: int = 2                     # only serves d_inner, and then follows it
-    d_inner: int = None                 # expand x d_model unless given
-    dt_rank: int = None                 # d_model / 16, rounded up, unless given
+    expand: int = 2                     # d_inner / d_model, computed anew if d_inner is given
+    d_inner: int = None                 # None: expand x d_model
+    dt_rank: int = None                 # None: d_model / 16, rounded up
     norm_eps: float = 1e-5              # in the RMSNorms of the residual stream
     mixer_norm_eps: float = 1e-6        # in the RMSNorms of dt, B and C
     bias: bool = False                  # of in_proj and out_proj
@@ -59,12 +59,12 @@ class MambaConfig:
     pad_token_id: int = 0               # or None
 
     def __post_init__(self):
-        check(self)
+        check(self)                     # what was given
         if self.d_inner is None:
             self.d_inner = self.expand * self.d_model
         if self.dt_rank is None:
             self.dt_rank = math.ceil(self.d_model / 16)
-        check(self)
+        check(self)                     # what follows from it
         self.expand = max(1, self.d_inner // self.d_model)      # the 7B's file says 16, wrongly
 
     @classmethod
@@ -116,7 +116,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split = r, n, n
+        self.split = r, n, n                                        # widths of dt, B and C
         self.eps = config.mixer_norm_eps
         self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # see conv()
@@ -128,9 +128,9 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = Linear(d, config.d_model, bias=config.bias)
 
-    def forward(self, u, past, h, reset):
-        """u (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
-        x, z = self.in_proj(u).chunk(2, dim=-1)                     # (b, l, d), (b, l, d)
+    def forward(self, normed, past, h, reset):
+        """normed (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
+        x, z = self.in_proj(normed).chunk(2, dim=-1)                # (b, l, d), (b, l, d)
         z = z.contiguous()      # the backward keeps it, and a view would keep x's half as well
         x, past = self.conv(x, past, reset)                         # (b, l, d), (b, k - 1, d)
         dt, B, C = self.selection(x)                                # (b, l, d), (b, l, n) twice
@@ -140,7 +140,7 @@ class Mixer(nn.Module):
         return self.out_proj(y), past, h
 
     def conv(self, x, past, reset):
-        """SiLU of the causal convolution: tap i is weight i times the input k - 1 - i tokens ago.
+        """SiLU of the causal convolution, a sum of k taps: weight i times the input k - 1 - i ago.
 
         F.conv1d cannot leave out the taps of some tokens. Here a tap counts only if its input is of
         the same document as the token that it serves.
@@ -157,7 +157,7 @@ class Mixer(nn.Module):
             # Documents are numbered, and the past is 0. For k = 3, reset = [0, 1, 0] gives
             # [0, 0, 0, 1, 1]: two of the past, three tokens. So token 1 sees only itself.
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
-            former = doc[:, l:] != doc[:, -1:]      # the next call will not know of this reset
+            former = doc[:, l:] != doc[:, -1:]      # of another document than the last token
             past = past.masked_fill(former[..., None], 0)
         window = window.float()
         y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
@@ -220,8 +220,8 @@ class Mamba(nn.Module):
                 last_only: bool = False) -> tuple[Tensor, State]:
         """Read tokens (b, l), going on from `state` (None: blank), which is not changed.
 
-        reset (b, l) bool is true where a document starts: no token before it reaches it or later
-        ones. So packed documents do not leak. Behind padding on the left the prompt starts one.
+        reset (b, l) bool is true where a document starts. Nothing before it influences it or what
+        follows. With padding on the left, set it at the prompt's first token.
         Returns fp32 logits (b, l, vocab_size), with last_only (b, 1, vocab_size); the next state.
         """
         state = state or self.blank_state(len(tokens))
@@ -301,8 +301,8 @@ class Mamba(nn.Module):
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors, which transformers loads as they are.
 
-        `tensors`, from name to value, stand in for the model's own where those are divided among
-        machines. OSError if it fails, and then the files that were there are left as they were.
+        `tensors`, from name to value, stand in for the model's own where those are sharded (FSDP)
+        over GPUs. OSError if it fails, and then the files that were there are left as they were.
         """
         if any(isinstance(module, Int4Linear) for module in self.modules()):
             raise ValueError("a model in 4 bits cannot be saved; load it without quantize")
@@ -326,7 +326,7 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Draw those weights again that the reference does not draw as PyTorch does."""
+    """Draw anew what PyTorch's layers have drawn otherwise than the reference does."""
     for name, p in model.named_parameters():
         if name.endswith("dt_proj.bias"):       # so that a token lasts from 0.001 to 0.1
             delta = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -444,17 +444,17 @@ def check(config: MambaConfig) -> None:
         for v in value if several else [value]:
             if v is None and (is_id or f.default is None):
                 continue
-            if type(v) is not f.type or f.type is not bool and not least <= v <= most:
+            if type(v) is not f.type or not (f.type is bool or least <= v <= most):
                 raise ValueError(f"{PUBLISHED.get(f.name, f.name)} is {value!r:.50}, but must be "
                                  f"{f.type.__name__}, from {least} to {most} if it is a number")
 
 def read_config(path: Path) -> dict:
-    """MambaConfig's arguments, from a published config.json."""
-    # What transformers assumes where a key is missing.
+    """MambaConfig's arguments, from a published config.json; where keys miss, as transformers."""
     raw = {"hidden_act": "silu", "tie_word_embeddings": True} | read_json(path)
-    kind = f"{raw.get('model_type')!r:.50} with {raw['hidden_act']!r:.50}"
-    if kind != "'falcon_mamba' with 'silu'":
-        raise ValueError(f"{path} is of a {kind}, not of a 'falcon_mamba' with 'silu'")
+    kind = raw.get("model_type"), raw["hidden_act"]
+    if kind != ("falcon_mamba", "silu"):
+        raise ValueError(f"{path} is of a {kind[0]!r:.50} with {kind[1]!r:.50}, "
+                         "not of a 'falcon_mamba' with 'silu'")
     if raw.get("quantization_config"):
         raise ValueError(f"{path.parent} {UNQUANTISED}")
     if raw.get("time_step_rank") == "auto":

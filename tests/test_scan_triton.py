@@ -73,7 +73,7 @@ def in_chunks(k):
     """Force the number of chunks, and short ones to keep several states."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan_triton, "chunk_count", lambda b, l, d, sm_count: k)
-        patch.setattr(scan_triton, "KEEP", 6)
+        patch.setattr(scan_triton, "STRETCH", 6)
         yield patch
 
 def results(scan, p, reset=None, seed=0):

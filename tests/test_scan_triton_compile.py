@@ -37,7 +37,7 @@ def ahead(folder):
         from scan_triton import block_steps
         found = [(k, t, z, r.count(k, t, z)) for k in r.KERNELS for t in r.TARGETS for z in (False, True)
                  if not z or "carry" not in k]
-        wide = r.count("backward: adjoint", n=32, STEPS=block_steps(32))
+        wide = r.count("backward: adjoint", n=32, BLOCK=block_steps(32))
         special = [f"{k}: {p.name}" for k, kernel in r.KERNELS.items() for p in kernel.params
                    if not (p.name.endswith("_ptr") or p.is_constexpr or p.do_not_specialize)]
         print(json.dumps(dict(found=found, ms=[r.total(False), r.total(True)], memory=r.memory(),

@@ -44,7 +44,7 @@ KERNELS = {
 def build(label: str, target: str, reset: bool = False, **sizes):
     """Compile one kernel with the 7B's constants, or with other `sizes`."""
     kernel = KERNELS[label]
-    constants = dict(d=d, n=n, size=n * d, STEPS=st.STEPS, FROM_END="backward" in label) | sizes
+    constants = dict(d=d, n=n, size=n * d, BLOCK=st.STEPS, FROM_END="backward" in label) | sizes
     if not reset:
         constants["reset_ptr"] = None
     signature, aligned, given = {}, {}, {}
