@@ -267,7 +267,6 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
             raise ValueError(f"{path} has tokens that the model has not: {tokens.tolist()!r:.200}")
     return state, shown.tolist(), waiting.tolist()
 
-
 # The command line.
 
 def compile_blocks() -> None:

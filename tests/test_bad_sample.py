@@ -74,7 +74,6 @@ def test_nothing_is_refused_without_a_reason(call):
     """Or the refusals below would prove nothing."""
     assert call("--prompt", "def ")[0] == 0 and call("--load-state", "state")[0] == 0
 
-
 # What is typed, and what is said.
 FLAGS = {
     "": "--prompt", "--prompt=": "needs text", "--prompt a --prompt=": "needs text",
@@ -196,7 +195,6 @@ def test_a_missing_compiler_is_a_sentence_and_a_fault_of_ours_is_not(call, monke
     words = "size mismatch"
     with pytest.raises(RuntimeError, match=words):
         call("--prompt", "a")
-
 
 # Standard input, output and error.
 

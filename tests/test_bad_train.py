@@ -25,7 +25,6 @@ SMALL = tokenizer.to_str().encode()
 tokenizer.add_tokens(["self"])
 LARGE = tokenizer.to_str().encode()
 
-
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """A text, a corpus of it, a model, and others that are none."""
@@ -42,7 +41,6 @@ def pristine(tmp_path_factory):
         (folder / name).write_bytes(content)
     return folder
 
-
 @pytest.fixture
 def call(pristine, tmp_path, monkeypatch, trained):
     """call(*flags) runs the program beside a copy of `pristine` -> its exit status, and its last words."""
@@ -58,13 +56,11 @@ def call(pristine, tmp_path, monkeypatch, trained):
         return status, "\n".join(line for line in err.splitlines() if not line.startswith(notes))
     return run
 
-
 def assert_sentence(text, *words):
     assert len(text.splitlines()) == 1 and text.isprintable() and text.startswith("train.py: "), text
     assert len(text) < 600 and "Traceback" not in text, text
     for word in words:
         assert word in text, f"{word!r} is not in {text!r}"
-
 
 def test_nothing_is_refused_without_a_reason(call):
     """Or the refusals below would prove nothing."""
@@ -72,7 +68,6 @@ def test_nothing_is_refused_without_a_reason(call):
         assert call("--data", data, "--out", f"made of {data}") == (0, "")
     assert call("--init-from", "model") == (0, "")
     assert call("--data", "text", "--tokenize-to", "another") == (0, "")
-
 
 # What is typed, and what is said.
 FLAGS = {
@@ -105,7 +100,6 @@ FLAGS = {
     "--out model --resume": "model already holds a model",
 }
 
-
 @pytest.mark.parametrize("typed", FLAGS, ids=lambda typed: ascii(typed[:50]))
 def test_flags_that_cannot_be_are_refused(call, tmp_path, typed):
     before = {*tmp_path.rglob("*")}
@@ -115,7 +109,6 @@ def test_flags_that_cannot_be_are_refused(call, tmp_path, typed):
     made = {path.name for path in {*tmp_path.rglob("*")} - before}
     assert made <= {"made", "checkpoints", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json",
                     "generation_config.json"}
-
 
 RUN = "made/checkpoints/step-*/run.json"
 CORPUS = "corpus/tokens.bin"
@@ -132,7 +125,6 @@ FILES = [
     (CORPUS, np.append(TOKENS[:900], TOKENS[-1]).tobytes(), "has data {'text': "),
 ]
 
-
 @pytest.mark.parametrize("name, content, says", FILES)
 def test_files_that_are_damaged_are_refused(call, tmp_path, name, content, says):
     assert call("--data", "corpus") == (0, "")
@@ -143,7 +135,6 @@ def test_files_that_are_damaged_are_refused(call, tmp_path, name, content, says)
     assert status
     assert_sentence(words, says)
 
-
 @pytest.mark.parametrize("gpus, nccl", [(0, True), (2, True), (3, False)])
 def test_a_process_without_a_gpu_or_nccl_is_a_sentence(call, monkeypatch, gpus, nccl):
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -152,7 +143,6 @@ def test_a_process_without_a_gpu_or_nccl_is_a_sentence(call, monkeypatch, gpus, 
     monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(train, "start_processes", lambda _, start=train.start_processes: start(torch.device("cuda")))
     assert_sentence(call()[1], "NCCL", f" {gpus} ", "--nproc-per-node", "--device cpu")
-
 
 def test_closed_standard_error_changes_nothing(call, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)

@@ -16,22 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
-
 def error(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm()).item()
-
 
 def small(seed=0, **changes):
     torch.manual_seed(seed)
     return Mamba(MambaConfig(**dict(vocab_size=257, d_model=64, n_layer=2) | changes)).eval()
-
 
 def unpacked(layer):
     """A layer's weight as float64, by unpack, or by the kernel itself where that packs otherwise."""
     if block_size():
         return unpack(layer.packed, layer.levels, torch.float64, block_size()).T[:layer.out_features]
     return layer(torch.eye(2 * layer.packed.shape[1])).T.double()
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(128, 64), (288, 512), (257, 96), (1100, 128)])
@@ -40,7 +36,6 @@ def test_four_bits_lose_eight_per_cent_of_normal_weights(size):
     layer = Int4Linear(weight, None)
     assert 0.07 < error(unpacked(layer), weight.double()) < 0.085
     assert layer.packed.nbytes + layer.levels.nbytes <= 5 / 8 * weight.numel() * 1.5   # padded rows
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +50,6 @@ def test_a_product_in_four_bits_is_that_of_the_unpacked_weight(tokens, dtype):
     tolerance = TOLERANCE[torch.bfloat16 if kernel_rounds_to_bf16 else dtype]
     assert error(y[0], x.double() @ unpacked(layer).T + bias.double()) < tolerance
 
-
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_other_cpus_pack_otherwise_and_multiply_the_same(capability):
     """PyTorch reads the variable when it starts. A CPU that lacks one takes what it has."""
@@ -67,7 +61,6 @@ def test_other_cpus_pack_otherwise_and_multiply_the_same(capability):
                           env={"ATEN_CPU_CAPABILITY": capability, "PATH": ""})
     assert 0.07 < float(done.stdout) < 0.085, done.stderr
 
-
 @torch.no_grad()
 def test_equal_weights_and_nan_are_kept():
     layer = Int4Linear(torch.full((64, 64), 0.1), None)
@@ -75,7 +68,6 @@ def test_equal_weights_and_nan_are_kept():
     weight = torch.randn(64, 64)
     weight[3, 5] = torch.nan
     assert Int4Linear(weight, None)(torch.ones(1, 64)).isnan().nonzero().tolist() == [[0, 3]]
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"bias": True}])
@@ -106,7 +98,6 @@ def test_a_model_in_shards_loads_in_four_bits_and_is_near_its_own(tmp_path, chan
     with pytest.raises(ValueError, match="4 bits"):
         four.save_pretrained(tmp_path / "again")
 
-
 def test_each_weight_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
     """Or a model in 4 bits would first need the memory of the whole one."""
     given = []
@@ -120,7 +111,6 @@ def test_each_weight_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
     small().save_pretrained(tmp_path)
     Mamba.from_pretrained(tmp_path, quantize=True)
     assert len(given) == 3 * 2 + 1
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -138,7 +128,6 @@ def test_a_cpu_without_units_multiplies_the_widened_weight(monkeypatch, dtype, s
                                                         layer.bias.float()).to(dtype))
     assert error(wide, exact) < TOLERANCE[dtype]
 
-
 def test_training_does_not_widen(monkeypatch):
     """The backward would keep a wide copy of each weight."""
     layer = Linear(64, 64, bias=False).bfloat16()
@@ -151,13 +140,11 @@ def test_training_does_not_widen(monkeypatch):
     layer(x).sum().backward()
     assert torch.equal(x.grad, own[0]) and torch.equal(layer.weight.grad, own[1])
 
-
 def test_nf4_ends_in_a_sentence_that_names_int4(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "a", "--quantize", "nf4"])
     with pytest.raises(SystemExit):
         sample.main()
     assert "choose from" in (said := capsys.readouterr().err) and "int4" in said
-
 
 @torch.no_grad()
 def test_models_of_other_sizes_in_one_process_are_compiled_anew(monkeypatch, graphs):

@@ -55,7 +55,6 @@ def last_state(steps):
         except StopIteration as end:
             return end.value
 
-
 # What is drawn.
 
 def test_greedy_generation_is_the_argmax_of_rereading_everything(folder):
@@ -146,7 +145,6 @@ def test_replaying_the_graph_writes_what_eager_steps_write(folder):
         assert torch.equal(token, expected)
         text = torch.cat([text, token[:, None]], 1)
 
-
 # What is shown.
 
 BYTES = {f"<0x{i:02X}>": i for i in range(256)}
@@ -220,7 +218,6 @@ def test_a_turn_of_a_chat_ends_at_any_of_its_end_tokens(tmp_path, run):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [255, *end]}))
     assert run(folder, *flags).out == "def f(" + free[:free.index(free[7])] + "\n"
 
-
 # What is kept.
 
 @pytest.mark.parametrize("prompt, cut", [("abc", 0), ("abc", 1), ("abc", 4), ("Где", 1), ("Где", 2), ("Где", 3)])
@@ -274,7 +271,6 @@ def test_ctrl_c_keeps_the_state_of_what_was_written(folder, run, tmp_path):
     greedy = ["--temperature", 0, "--max-new-tokens"]
     end = run(folder, "--load-state", tmp_path / "kept", *greedy, 9).out
     assert start + end == run(folder, "--prompt", "abc", *greedy, len(start) - len("abc") + 9).out
-
 
 # What was published.
 
