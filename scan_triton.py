@@ -125,7 +125,7 @@ def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
     bias = load(bias_ptr, c, c < d)
     h = tl.zeros_like(A2)
     time = tl.zeros_like(bias)
-    forget_any = 0.0
+    forgets = 0.0
     for t in range(start, end, BLOCK):
         row = sequence * l + t
         rest = end - t
@@ -137,16 +137,16 @@ def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
             forget = load_forget(reset_ptr, row + j, j < rest)
             h = decay_over(delta, A2, forget) * h + (delta * xs[j])[None, :] * B[:, None]
             time += delta
-            forget_any += forget
-    tl.store(decay_ptr + k * n * d + tile, decay_over(time, A2, forget_any), inside)
+            forgets += forget
+    tl.store(decay_ptr + k * n * d + tile, decay_over(time, A2, forgets), inside)
     tl.store(local_ptr + k * n * d + tile, h, inside)
 
 # Pass 2, for the backward's dh too:   for each chunk: h = decay * h + local
 # Each of a state's size = n * d numbers goes its own way here.
 @triton.jit(do_not_specialize=LENGTHS)
-def carry_kernel(h_ptr,             # (b, size): what enters the first, then what leaves the last
-                 decay_ptr,         # (b, chunks, size)
-                 local_ptr,         # (b, chunks, size), overwritten with what enters each chunk
+def carry_kernel(h_ptr,         # (b, size): what enters the first, then what leaves the last
+                 decay_ptr,     # (b, chunks, size)
+                 local_ptr,     # (b, chunks, size), overwritten with what enters each chunk
                  chunks, size: tl.constexpr, FROM_END: tl.constexpr):
     sequence = (tl.program_id(0) // tl.cdiv(size, CHANNELS)).to(tl.int64)
     i = tl.program_id(0) % tl.cdiv(size, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
@@ -164,10 +164,10 @@ def carry_kernel(h_ptr,             # (b, size): what enters the first, then wha
 # A chunk is one or more stretches of `stretch` steps. The h that enters each is kept.
 @thread_per_channel
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                start_ptr,          # (b, chunks, n, d): what enters each chunk
-                y_ptr,              # (b, l, d) out
-                kept_ptr,           # (b, l / stretch rounded up, n, d) out
-                h_ptr,              # (b, n, d) out: the last state
+                start_ptr,      # (b, chunks, n, d): what enters each chunk
+                y_ptr,          # (b, l, d) out
+                kept_ptr,       # (b, l / stretch rounded up, n, d) out
+                h_ptr,          # (b, n, d) out: the last state
                 l, chunk, chunks, stretch, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
@@ -175,10 +175,10 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     h = load(start_ptr + k * n * d, tile, inside)
-    for stretch_start in range(start, end, stretch):
-        slot = sequence * tl.cdiv(l, stretch) + stretch_start // stretch
+    for first in range(start, end, stretch):
+        slot = sequence * tl.cdiv(l, stretch) + first // stretch
         tl.store(kept_ptr + slot * n * d + tile, h, inside)
-        for t in range(stretch_start, tl.minimum(stretch_start + stretch, end), BLOCK):
+        for t in range(first, tl.minimum(first + stretch, end), BLOCK):
             row = sequence * l + t
             rest = end - t
             xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
@@ -202,8 +202,8 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 # One token. The state is the model's own, and lies (d, n). So does A here.
 @triton.jit
 def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                h_ptr,              # (b, d, n), overwritten
-                y_ptr,              # (b, 1, d) out
+                h_ptr,          # (b, d, n), overwritten
+                y_ptr,          # (b, 1, d) out
                 d: tl.constexpr, n: tl.constexpr):
     sequence = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
     c, i, _, inside = find_channels(d, n)
@@ -270,15 +270,15 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
             delta = softplus(dts[j] + bias)
-            step_decay = decay_over(delta, A2, load_forget(reset_ptr, row + j, j < rest))
-            h = step_decay * h + (delta * xs[j])[None, :] * B[:, None]
+            fade = decay_over(delta, A2, load_forget(reset_ptr, row + j, j < rest))
+            h = fade * h + (delta * xs[j])[None, :] * B[:, None]
             ds = dys[j]
             if z_ptr is not None:
                 s = tl.sum(C[:, None] * h, 0) + D * xs[j]
                 gate = tl.sigmoid(zs[j])
                 dzs += (dys[j] * s * gate * (1 + zs[j] * (1 - gate)),)
                 ds *= zs[j] * gate
-            decay *= step_decay
+            decay *= fade
             local += decay * C[:, None] * ds[None, :]
         if z_ptr is not None:
             store_rows(dz_ptr, dzs, row, rest, c, d, BLOCK)
@@ -296,13 +296,13 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
 # Its sums over d pass between threads anyway, and so Triton may choose who holds what.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                   dy_ptr,                  # (b, l, d)
-                   blocks_ptr,              # (b, chunks * chunk / BLOCK, n, d)
-                   dh_ptr,                  # (b, chunks, n, d): what enters each chunk at its end
-                   dx_ptr, ddt_ptr,         # (b, l, d) out
-                   dB_ptr, dC_ptr,          # (b, chunks, programs, chunk, n) out: of 32 channels
-                   dA_ptr,                  # (b, chunks, n, d) out: of these steps
-                   dD_ptr, dbias_ptr,       # (b, chunks, d) out: of these steps
+                   dy_ptr,             # (b, l, d)
+                   blocks_ptr,         # (b, chunks * chunk / BLOCK, n, d)
+                   dh_ptr,             # (b, chunks, n, d): what enters each chunk at its end
+                   dx_ptr, ddt_ptr,    # (b, l, d) out
+                   dB_ptr, dC_ptr,     # (b, chunks, programs, chunk, n) out: of 32 channels
+                   dA_ptr,             # (b, chunks, n, d) out: of these steps
+                   dD_ptr, dbias_ptr,  # (b, chunks, d) out: of these steps
                    l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
@@ -374,7 +374,7 @@ def launch(kernel, count: int, width: int, *args, **sizes) -> None:
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
     """How many chunks to cut time into, on a GPU of so many multiprocessors."""
     warps = max(1, b * triton.cdiv(d, CHANNELS))
-    room = 21 * sm_count                            # about so many warps of scan_kernel fit
+    room = 21 * sm_count        # about so many warps of scan_kernel fit
     # Chunks are walked twice. One is walked once, which is faster if it fills half of the GPU.
     if warps >= room / 2:
         return 1
@@ -386,7 +386,7 @@ def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
 def cut_time(x: Tensor) -> tuple[int, int, int]:
     """How many chunks, the steps of one, and the steps of each of its stretches."""
     b, l, d = x.shape
-    sm_count = 132                                  # an H100's
+    sm_count = 132      # an H100's
     if x.is_cuda:
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
     chunk = triton.cdiv(l, chunk_count(b, l, d, sm_count))
@@ -422,7 +422,7 @@ def scan(h0, *inputs):
     launch(scan_kernel, b * chunks, d, *inputs, start, y, kept, h, stretch=stretch, **sizes)
     return y, h, kept
 
-@scan.register_fake         # from this torch.compile learns the shapes
+@scan.register_fake     # torch.compile asks it for shapes
 def empty_outputs(h0, x, *_):
     b, n, d = h0.shape
     _, _, stretch = cut_time(x)
@@ -437,8 +437,8 @@ def scan_backward(dy, dh, kept, *inputs):
     grads = empty_grads(dy, dh, kept, *inputs)
     dh0, _, _, dA, _, _, dD, dbias, *_ = grads
     dh0.copy_(dh)               # what enters the last chunk; carry_kernel makes dh0 of it
-    for sum_of_chunks in (dA, dD, dbias):
-        sum_of_chunks.zero_()
+    for total in (dA, dD, dbias):
+        total.zero_()
     b, n, d = dh.shape
     _, _, chunk = cut_time(dy)  # a stretch of the forward
     blocks_bytes = 4 * b * (chunk // block_steps(n)) * n * d
