@@ -21,11 +21,7 @@ from torch.nn.functional import silu, softplus
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 COMPILED = GPU or "ptxemu" in sys.modules                         # that is the emulator
-if not COMPILED:    # Triton reads this when a kernel is decorated, its own too: before its first import
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import this first"
-    os.environ["TRITON_INTERPRET"] = "1"
 import scan_triton
 from scan_triton import selective_scan
 
@@ -146,15 +142,6 @@ def test_tiny_and_huge_steps_keep_their_digits(shift):
     with in_chunks(2):
         check(p)
 
-def test_the_number_of_chunks_changes_nothing():
-    p, reset = problem(2, 13, 3, 3), some_resets(2, 13)
-    with in_chunks(1):
-        whole = results(selective_scan, p, reset)
-    for k in (2, 4):
-        with in_chunks(k):
-            cut = results(selective_scan, p, reset)
-        assert all(error(cut[name], whole[name]) <= 1e-5 for name in whole)
-
 def test_two_runs_give_the_same_bits():
     p = problem(1, 9, 35, 3)
     with in_chunks(2):
@@ -174,7 +161,8 @@ def columns(v):
 
 def test_strides_of_inputs_and_gradients_change_nothing():
     p = problem(2, 6, 4, 2)
-    xz, rest = torch.cat([p["x"], p["z"]], 2), torch.cat([p["dt"], p["B"], p["C"]], 2)
+    xz = torch.cat([p["x"], p["z"]], 2)
+    rest = torch.cat([p["dt"], p["B"], p["C"]], 2)
     slices = dict(p, x=xz[..., :4], z=xz[..., 4:], dt=rest[..., :4], B=rest[..., 4:6], C=rest[..., 6:])
     with in_chunks(2):
         plain = results(selective_scan, p)
@@ -212,14 +200,6 @@ def test_a_gradient_is_right_whatever_else_needs_none(wanted, used):
         assert (ours[k].grad is not None) == (k in wanted)
         if k in wanted:
             assert error(ours[k].grad, exact[k].grad, exact[k].grad.abs().max().clamp(min=1e-3)) <= 1e-5
-
-@pytest.mark.parametrize("l", [1, 3])
-def test_an_empty_batch_has_an_empty_result(l):
-    p = problem(0, l, 3, 2)
-    got = results(selective_scan, p, torch.zeros(0, l, dtype=torch.bool, device=DEVICE))
-    assert got["y"].shape == (0, l, 3) and got["h"].shape == (0, 3, 2) and not got["dA"].any()
-    with torch.no_grad():
-        assert selective_scan(**p)[0].shape == (0, l, 3)
 
 def test_every_input_may_be_in_16_bits():
     p = detached(problem(1, 5, 3, 2), torch.Tensor.bfloat16)

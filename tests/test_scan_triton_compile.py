@@ -85,7 +85,7 @@ def test_the_backward_keeps_and_borrows_little_memory(report):
     kept, scratch = report["memory"]
     assert kept <= 2 * 8192 * 8192 / 4 and scratch <= 600e6
 
-def test_a_state_of_32_numbers_spills_no_more(report):
+def test_a_state_of_32_numbers_spills_nothing(report):
     assert report["wide"]["STACK"] == 0
 
 def test_compiled_for_an_h100_and_run_on_a_cpu_the_results_are_the_float64_loops(begun):
