@@ -165,7 +165,7 @@ def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_hel
 
 def test_before_a_run_begins_its_memory_is_checked(monkeypatch):
     monkeypatch.setattr(tests.plan, "machine_memory", lambda: 32e9)
-    options = train.Options(device=torch.device("cpu"))
+    options = train.parse(["--device", "cpu"])[0]
     check_memory(options, RECIPES["tiny"], MambaConfig(vocab_size=257, **train.TINY), 1)
     with pytest.raises(ValueError, match="has 32.0 GB: 116.4 GB for weights"):
         check_memory(options, RECIPES["continue"], MambaConfig(), 1)
