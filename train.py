@@ -52,7 +52,8 @@ from tqdm import tqdm
 
 import scan
 from mamba import Mamba, MambaConfig, find, read_json, replace_file
-from sample import device, end_tokens, number, read_tokenizer, vocabulary
+from sample import device, number       # these two are types for argparse
+from sample import end_tokens, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,15 +148,14 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
 
 def scaled(recipe: Recipe, total: int, given: dict) -> Recipe:
     """The recipe over `total` tokens: each phase and stage keeps its share. Then `given` is set."""
-    def scale(tokens: int) -> int:
-        return tokens * total // recipe.total_tokens
-
-    phases = "total_tokens", "warmup_tokens", "ramp_tokens", "decay_tokens"
-    lengths = {name: scale(getattr(recipe, name)) for name in phases}
-    stages = tuple(replace(stage, start=scale(stage.start)) for stage in recipe.stages)
+    lengths = {"total_tokens": total}
+    for name in "warmup_tokens", "ramp_tokens", "decay_tokens":
+        lengths[name] = getattr(recipe, name) * total // recipe.total_tokens
+    stages = tuple(replace(stage, start=stage.start * total // recipe.total_tokens)
+                   for stage in recipe.stages)
     recipe = replace(recipe, stages=stages, **lengths | given)
     if "lr" in given and "lr_batch" not in given:
-        recipe = replace(recipe, lr_batch=recipe.batch_end)     # who gives a peak means the peak
+        recipe = replace(recipe, lr_batch=recipe.batch_end)     # --lr is then the peak of this run
     return recipe
 
 FALCON = Recipe(
@@ -284,14 +284,15 @@ def tokenize_to(folder: Path, files: list[Path], tokenizer: Tokenizer, end: int)
 def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
     """Map a corpus into memory. ValueError if another tokenizer than the model's made it."""
     if read_tokenizer(folder / "tokenizer.json").get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"another tokenizer than the model's made {folder}; make it again with "
-                         "--tokenizer")
+        raise ValueError(f"{folder} is of another tokenizer; make it again with the model's --tokenizer")
     file = folder / "tokens.bin"
     dtype = token_dtype(tokenizer)
-    count, rest = divmod(file.stat().st_size, dtype.itemsize)
-    tokens = np.memmap(file, dtype, "r", shape=count) if count else np.zeros(0, dtype)
+    size = file.stat().st_size
+    count = size // dtype.itemsize
+    tokens = np.memmap(file, dtype, "r", shape=count) if count > 0 else np.zeros(0, dtype)
     # It ends with a document and one `end`. A file that was cut, or of wider numbers, does not.
-    if rest or (tokens[-2:] == end).tolist() != [False, True]:
+    is_end = (tokens[-2:] == end).tolist()
+    if tokens.nbytes != size or is_end != [False, True]:
         raise ValueError(f"{file} does not end like {dtype} tokens with one {end}; make it again")
     return tokens
 
@@ -416,8 +417,10 @@ def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba 
 
     With several ranks, no other one and no GPU ever holds all of it: weights travel one by one.
     """
-    with torch.device("meta"):                                      # shapes without memory
-        model = Mamba(config) if dist.is_initialized() else whole
+    model = whole
+    if dist.is_initialized():
+        with torch.device("meta"):                                  # shapes without memory
+            model = Mamba(config)
     objective = Objective(model, end)
     if args.compile:    # the CPU's loop over time would be unrolled: minutes to compile, no faster
         scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
@@ -557,7 +560,8 @@ class Trainer:
             write_file(unfinished / "run.json", json.dumps(run, indent=1).encode())
             unfinished.rename(folder)
             for old in checkpoints(self.args.out)[:-self.args.keep]:
-                shutil.rmtree(old.rename(old.with_suffix(".partial")))      # nor has half of one
+                gone = old.rename(old.with_suffix(".partial"))      # or half of it had such a name
+                shutil.rmtree(gone)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. ValueError if it is of another recipe, model or corpus."""
@@ -736,11 +740,7 @@ def pick_tokenizer(args: argparse.Namespace, folder: Path | None, paths: list[Pa
     return byte_tokenizer()
 
 def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
-    """The recipe with the mixture and, to continue a model, the size of the sources there are.
-
-    Continuing takes one epoch and at least 200 steps, and at least eight rows are held out. So of
-    little text rows are shorter and batches have fewer. Flags come first. Our choice.
-    """
+    """The recipe with the mixture and, to continue a model, the size of the sources there are."""
     if not args.mixture and (args.eval_only or len(sources) == 1):
         mixture = " ".join(f"{name}:1" for name in sources)
         stages = tuple(replace(stage, mixture=mixture) for stage in recipe.stages)
@@ -749,20 +749,21 @@ def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Sou
     if wanted != sources.keys():
         raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture "
                          f"{', '.join(sorted(wanted))}; give --data name=path and --mixture 'name:share'")
-    if args.recipe == "continue":
+    if args.recipe == "continue":       # what no flag gives fits the data; the numbers are our choice
         stage = recipe.stages[0]
         context = stage.context
         held_out = min(len(source.held_out) for source in sources.values())
         while not args.context and context > 64 and 8 * context >= held_out:
-            context //= 2
+            context //= 2                                   # so that at least eight rows are held out
         share = shares(stage.mixture)
         epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
         total = args.given.get("total_tokens", int(epoch))
-        rows = max(1, total // (200 * context))
+        rows = max(1, total // (200 * context))             # so that there are at least 200 steps
         recipe = replace(recipe, stages=(replace(stage, context=context),))
         recipe = scaled(recipe, total, {"batch_end": min(rows, recipe.batch_end)} | args.given)
     for name, source in sources.items():
-        held_out, training = len(source.held_out), len(source.training)
+        held_out = len(source.held_out)
+        training = len(source.training)
         if min(held_out, training) <= recipe.longest:       # a row's last target is one token more
             raise ValueError(f"{name} has {held_out} held-out and {training} training tokens, too few "
                              f"for --context {recipe.longest}; give it more text, or a smaller one")

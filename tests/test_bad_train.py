@@ -100,7 +100,7 @@ FLAGS = {
     "--init-from nope": "'nope' is no folder here", "--init-from=": "'' is no folder here",
     "--init-from model --d-model 8": "leave out d_model", "--init-from folder": "cannot read the tokenizer",
     "--init-from model --tokenizer large.json": "the tokenizer has 258 tokens, the model 257",
-    "--init-from model --data of-large": "another tokenizer than the model's made of-large; make it again",
+    "--init-from model --data of-large": "of-large is of another tokenizer; make it again with the model's",
     "--eval-only": "'made' is no folder here", "--out model": "model already holds a model; --resume",
     "--out model --resume": "model already holds a model",
 }
