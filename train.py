@@ -630,9 +630,13 @@ def write_tokenizer(out: Path, tokenizer: Tokenizer, end: int, source: Path | No
 
 def train(trainer: Trainer) -> bool:
     """Train to the recipe's end, or until Ctrl-C or SIGTERM. Returns whether it is the end."""
-    from tests.plan import utilization
+    from tests.plan import count_steps, utilization
     args = trainer.args
-    total = trainer.recipe.total_tokens
+    recipe = trainer.recipe
+    total = recipe.total_tokens
+    peak = learning_rate(recipe, total - recipe.decay_tokens)
+    print(f"{recipe}\n{total:,} tokens in {count_steps(recipe):,} steps of up to {recipe.batch_end} rows "
+          f"of {recipe.longest}; for so many rows the learning rate's peak is {peak:.2e}")
     signals = []
 
     def on_signal(number, frame):
@@ -787,7 +791,7 @@ def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end:
 def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
            paths: dict[str, list[Path]], tokenizer: Tokenizer, end: int) -> Trainer:
     """Read the data and the model, which must fit each other."""
-    from tests.plan import check_memory, count_steps    # here, because that file imports this one
+    from tests.plan import check_memory     # here, because that file imports this one
     sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
     recipe = pick_recipe(args, recipe, sources)
     config = pick_config(args, folder, vocabulary(tokenizer), end)
@@ -801,11 +805,8 @@ def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
         dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype)
     objective = build(args, config, end, whole)
     size = sum(p.numel() for p in objective.parameters())
-    peak = learning_rate(recipe, recipe.total_tokens - recipe.decay_tokens)
-    print(f"{size:,} parameters on {world_size()} x {args.device}, scan: "
-          f"{scan.default_backend(args.device, 2)}\n{recipe}\n{config}\n{recipe.total_tokens:,} tokens "
-          f"in {count_steps(recipe):,} steps of up to {recipe.batch_end} rows of {recipe.longest}; for "
-          f"so many rows the learning rate's peak is {peak:.2e}")
+    print(f"{size:,} parameters on {world_size()} x {args.device}, "
+          f"scan: {scan.default_backend(args.device, 2)}\n{config}")
     return Trainer(args, recipe, objective, tokenizer, sources, dtype)
 
 def run(args: argparse.Namespace, recipe: Recipe) -> None:

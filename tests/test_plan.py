@@ -92,7 +92,7 @@ import mamba, train
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
 with torch.device("meta"):
     objective = train.Objective(mamba.Mamba(mamba.MambaConfig()), 11)
-train.shard(objective, "cpu", 256, torch.bfloat16)
+train.shard(objective, "cpu", torch.bfloat16)
 tensors = [p.to_local() for p in objective.parameters()]
 print(len(tensors), sum(p.numel() for p in objective.parameters()),
       sum(p.numel() * p.element_size() for p in tensors))
