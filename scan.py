@@ -1,9 +1,9 @@
 """The selective scan: a recurrent network whose steps can run in parallel.
 
 Each of d channels has a state h of n numbers, and each number fades on its own. With all products
-elementwise, h'(t) = A h(t) + B x(t). A is learned and negative: how fast a number fades. B says how
-the input x is written. C, below, is what reads. A token lasts for a time delta, in which A, B and x
-stand still. At its end, exactly,
+elementwise, h'(t) = A h(t) + B(t) x(t). A is negative, learned, and the same at all t: how fast a
+number fades. B says how the input x is written, and C, below, how h is read. Both come from the
+token. It lasts for a time delta_t, in which B and x are held constant. At its end, exactly,
 
     h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A * B_t x_t
 
@@ -32,8 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# First, the definition. All three take the same arguments, and only z and reset may be None.
-# selective_scan, below, fills in the others.
+# First, the definition. All three scans take the same arguments, and only z and reset may be None.
 def naive(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """One step after the other. To differentiate it, autograd keeps every state: (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
@@ -45,7 +44,7 @@ def naive(x, dt, A, B, C, D, z, dt_bias, h0, reset):
         decay = torch.exp(delta[:, t, :, None] * A)                  # (b, d, n)
         drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
         h = decay * h + drive
-        y.append((h @ C[:, t, :, None])[..., 0])                     # (b, d)
+        y.append((h @ C[:, t, :, None])[..., 0])                     # (b, d), C_t . h_t
     return skip_and_gate(torch.stack(y, dim=1), x, D, z), h
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
@@ -53,13 +52,13 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
     y = y + D * x
     return y if z is None else y * F.silu(z)
 
-# Second, the tree, which makes chunks possible. Two steps in a row are one step of the same form:
+# Second, the tree. Two steps in a row are one step of the same form:
 #     a2 (a1 h + b1) + b2 = (a2 a1) h + (a2 b1 + b2)
-# It does not matter which neighbours are merged first. So one parallel step merges all pairs, which
-# halves the sequence. log2(l) of these merge it all, and as many fill in the states between. A
-# chunk, of any length, is one merged step. Because of that scan_triton.py runs all chunks at once.
+# Merging is associative. So one parallel step merges all pairs, which halves the sequence, and
+# log2(l) of these merge it all. As many go back: of five steps, (0 1) and (2 3), merged, give h_1
+# and h_3, and these h_2 and h_4. scan_triton.py merges chunks, but the CPU's chunks below do not.
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
-    """All steps at once, with O(l) work. Holds a few times (b, l, d, n)."""
+    """O(l) work in 2 log2(l) parallel steps. Holds a few times (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
     decay = torch.exp(delta[..., None] * A)                          # (b, l, d, n)
     if reset is not None:
@@ -67,7 +66,7 @@ def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     drive = (delta * x)[..., None] * B[:, :, None, :]                # (b, l, d, n)
     drive[:, 0] += decay[:, 0] * h0                                  # step 0 is taken from h0
     h = merge_pairs(decay, drive)                                    # (b, l, d, n)
-    y = (h @ C[..., None])[..., 0]                                   # (b, l, d)
+    y = (h @ C[..., None])[..., 0]                                   # (b, l, d), C_t . h_t
     return skip_and_gate(y, x, D, z), h[:, -1]
 
 def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
@@ -79,44 +78,44 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
     odd = merge_pairs(a2 * a1, a2 * b1 + b2)                         # h_1, h_3, h_5, ...
     h = drive.clone()                                                # h_0 is right already
     h[:, 1::2] = odd
-    even = h[:, 2::2]                                                # h_2, h_4, h_6, ...
-    even += decay[:, 2::2] * odd[:, :even.shape[1]]
+    n_even = (h.shape[1] - 1) // 2                                   # of h_2, h_4, h_6, ...
+    h[:, 2::2] += decay[:, 2::2] * odd[:, :n_even]
     return h
 
-# Third, for training on a CPU: the loop, with the decays of a chunk of steps computed at once. The
-# backward makes each chunk's states again, from the state before it. So (b, l, d, n) never exists.
-#
-# For any v, write dv for its gradient dL/dv. Write s_t for C_t . h_t + D x_t, w_t for delta_t x_t,
-# and u_t for delta_t A. Because y_t and h_{t+1} both read h_t, dh is a recurrence, too:
-#
-#     ds_t = dy_t SiLU(z_t)                     dz_t = dy_t s_t SiLU'(z_t)
-#     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}   from the end to the start
-#     dC_t = sum over d of ds_t h_t             dB_t = sum over d of dh_t w_t
-#     dw_t = sum over n of dh_t B_t             du_t = dh_t exp(u_t) h_{t-1}
-#     dx_t = delta_t dw_t + D ds_t              d(delta_t) = x_t dw_t + sum over n of A du_t
-#     dA = sum over b, t of delta_t du_t        d(dt_t) = d(delta_t) sigmoid(dt_t + dt_bias)
-#     dD = sum over b, t of x_t ds_t            d(dt_bias) = sum over b, t of d(dt_t)
-
+# Third, for training on a CPU: the loop, with the decays of a chunk of steps computed at once. Only
+# the state before each chunk is kept, and from it the backward makes the chunk's states again. So
+# (b, l, d, n) never exists. For any v, write dv for its gradient dL/dv: ddt is that of dt.
+#     w_t = delta_t x_t,   u_t = delta_t A,   Ch_t = C_t . h_t,   s_t = Ch_t + D x_t
+#     ds_t = dy_t SiLU(z_t)
+#     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}       because s_t and h_{t+1} both read h_t
+#     dC_t = sum over d of ds_t h_t
+#     dB_t = sum over d of w_t dh_t
+#     dw_t = sum over n of B_t dh_t
+#     du_t = dh_t exp(u_t) h_{t-1}
+#     dA = sum over b, t of delta_t du_t
+#     ddelta_t = sum over n of A du_t + x_t dw_t
+#     ddt_t = ddelta_t sigmoid(dt_t + dt_bias)      the softplus has this slope
+#     dx_t = delta_t dw_t + D ds_t
+#     dz_t = dy_t s_t SiLU'(z_t)
+#     dD = sum over b, t of x_t ds_t,   ddt_bias = sum over b, t of ddt_t
 def run_chunk(chunk: slice, w, delta, A, B, reset, h, buffers: list[Tensor]):
     """A chunk's decays and states, (b, c, n, d) in two buffers, from the state h before it."""
     delta = delta[:, chunk, None]                                    # (b, c, 1, d)
     decays = buffers[0][:, :delta.shape[1]]                          # the last chunk may be shorter
     hs = buffers[1][:, :delta.shape[1]]
-    torch.mul(delta, A * math.log2(math.e), out=decays).exp2_()      # faster here than exp_
+    torch.mul(delta, A * math.log2(math.e), out=decays).exp2_()      # exp(v) = 2^(v log2(e)): fast
     if reset is not None:
         decays[reset[:, chunk]] = 0
-    torch.mul(w[:, chunk, None], B[:, chunk, :, None], out=hs)       # at first the drives
-    for decay, drive in zip(decays.unbind(1), hs.unbind(1)):
-        h = drive.addcmul_(decay, h)                                 # in the drive's place
+    drives = torch.mul(w[:, chunk, None], B[:, chunk, :, None], out=hs)
+    for decay, drive in zip(decays.unbind(1), drives.unbind(1)):
+        drive.addcmul_(decay, h)        # decay h + drive: in the drive's memory is now the state
+        h = drive
     return decays, hs
 
 class Chunked(torch.autograd.Function):
-    """In here A is (n, d) and a state (b, n, d), because a long last dimension is fastest.
-
+    """NOTE: in here A is (n, d) and a state (b, n, d), because a long last dimension is fastest.
     The chunks share a few buffers, because memory that is new from the system is slow to touch:
-    without them a training step took 1.7 times as long.
-    """
-
+    without them a training step took 1.7 times as long."""
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, reset):
         A = A.T.contiguous()                                         # (n, d)
@@ -125,10 +124,10 @@ class Chunked(torch.autograd.Function):
         w = delta * x
         y = torch.empty_like(x)
         starts = []                                                  # the state before each chunk
-        ctx.size = 32 if len(x) == 1 else 16                         # steps: fastest when tried
-        buffers = [h.new_empty(len(x), ctx.size, *A.shape) for _ in range(2)]
-        for t in range(0, x.shape[1], ctx.size):
-            chunk = slice(t, t + ctx.size)
+        ctx.steps = 32 if len(x) == 1 else 16                        # a chunk: fastest when tried
+        buffers = [h.new_empty(len(x), ctx.steps, *A.shape) for _ in range(2)]
+        for t in range(0, x.shape[1], ctx.steps):
+            chunk = slice(t, t + ctx.steps)
             starts.append(h)
             _, hs = run_chunk(chunk, w, delta, A, B, reset, h, buffers)
             y[:, chunk] = (C[:, chunk, None] @ hs)[:, :, 0]
@@ -138,17 +137,17 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable                     # no second derivatives
-    def backward(ctx, dy, dh):
+    def backward(ctx, dy, dh_last):
         x, dt, A, B, C, D, z, dt_bias, reset, *starts = ctx.saved_tensors
         delta = F.softplus(dt + dt_bias)                             # (b, l, d)
         w = delta * x
         ds = dy if z is None else dy * F.silu(z)
-        y, dw, A_du = (torch.empty_like(x) for _ in range(3))        # A_du is summed over n
+        Ch, dw, ddelta = (torch.empty_like(x) for _ in range(3))     # (b, l, d)
         dB, dC, dA = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A)
-        carry = dh.mT.contiguous()      # what later chunks add to dh_t of a chunk's last t
-        buffers = [carry.new_empty(len(x), ctx.size, *A.shape) for _ in range(3)]
+        carry = dh_last.mT.contiguous()     # exp(u_{t+1}) dh_{t+1} of a chunk's last t
+        buffers = [carry.new_empty(len(x), ctx.steps, *A.shape) for _ in range(3)]
         for i in reversed(range(len(starts))):
-            chunk = slice(i * ctx.size, (i + 1) * ctx.size)
+            chunk = slice(i * ctx.steps, (i + 1) * ctx.steps)
             decays, hs = run_chunk(chunk, w, delta, A, B, reset, starts[i], buffers)
             dhs = buffers[2][:, :hs.shape[1]]                        # (b, c, n, d)
             torch.mul(C[:, chunk, :, None], ds[:, chunk, None], out=dhs)
@@ -156,23 +155,25 @@ class Chunked(torch.autograd.Function):
             for t in reversed(range(hs.shape[1] - 1)):
                 dhs[:, t].addcmul_(decays[:, t + 1], dhs[:, t + 1])
             carry = decays[:, 0] * dhs[:, 0]
-            y[:, chunk] = (C[:, chunk, None] @ hs)[:, :, 0]
+            Ch[:, chunk] = (C[:, chunk, None] @ hs)[:, :, 0]
             dC[:, chunk] = (ds[:, chunk, None] @ hs.mT)[:, :, 0]
             dB[:, chunk] = (w[:, chunk, None] @ dhs.mT)[:, :, 0]
             dw[:, chunk] = (B[:, chunk, None] @ dhs)[:, :, 0]
-            # dhs and decays are not read again, so their memory is written over.
-            du = dhs.mul_(decays)                                    # (b, c, n, d)
-            du[:, 0] *= starts[i]
+            du = dhs.mul_(decays)           # dh_t exp(u_t), in the memory of dhs ...
+            du[:, 0] *= starts[i]           # ... h_{t-1}
             du[:, 1:] *= hs[:, :-1]
-            A_du[:, chunk] = torch.mul(du, A, out=decays).sum(2)
+            ddelta[:, chunk] = torch.mul(A, du, out=decays).sum(2)   # decays' memory serves A du
             dA += du.mul_(delta[:, chunk, None]).sum((0, 1))
-        ddt = A_du.addcmul_(x, dw).mul_(torch.sigmoid(dt + dt_bias))
-        dx = dw.mul_(delta).addcmul_(D, ds)
-        dz = None if z is None else torch.ops.aten.silu_backward(y.addcmul_(D, x).mul_(dy), z)
+        # Each result takes the memory of its first term, or training would need more of it.
+        ddelta.addcmul_(x, dw)                                       # ... + x dw
+        ddt = ddelta.mul_(torch.sigmoid(dt + dt_bias))
+        dx = dw.mul_(delta).addcmul_(D, ds)                          # delta dw + D ds
+        s = Ch.addcmul_(D, x)                                        # Ch + D x
+        dz = None if z is None else torch.ops.aten.silu_backward(s.mul_(dy), z)     # dy s SiLU'(z)
         dD = (x * ds).sum((0, 1))
         return dx, ddt, dA.T, dB, dC, dD, dz, ddt.sum((0, 1)), carry.mT, None
 
-BACKENDS = {"naive": naive, "parallel": parallel, "chunked": Chunked.apply}
+BACKENDS = {"naive": naive, "parallel": parallel, "chunked": Chunked.apply}      # and "triton"
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
@@ -197,7 +198,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     D = A.new_zeros(d) if D is None else D
     dt_bias = A.new_zeros(d) if dt_bias is None else dt_bias
     h0 = A.new_zeros(len(x), d, n) if h0 is None else h0
-    inputs = [None if v is None else v.float() for v in (x, dt, A, B, C, D, z, dt_bias, h0)]
+    inputs = [x, dt, A, B, C, D, z, dt_bias, h0]
+    inputs = [None if v is None else v.float().contiguous() for v in inputs]
     device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
     with torch.autocast(device, enabled=False):     # it would take the products in 16 bits
         y, h = BACKENDS[backend](*inputs, reset)
@@ -217,11 +219,11 @@ def check(x, A, **others) -> None:
     n = A.shape[1]
     needed = {"x": [b, l, d], "dt": [b, l, d], "A": [d, n], "B": [b, l, n], "C": [b, l, n],
               "D": [d], "z": [b, l, d], "dt_bias": [d], "h0": [b, d, n], "reset": [b, l]}
-    for name, v in {"x": x, "A": A, **others}.items():
-        if v is None:
-            continue
+    given = {name: v for name, v in others.items() if v is not None}
+    for name, v in {"x": x, "A": A, **given}.items():
         kind = "bool" if name == "reset" else "float"
-        if [*v.shape] != needed[name] or kind not in str(v.dtype):
+        is_kind = v.dtype == torch.bool if name == "reset" else v.is_floating_point()
+        if [*v.shape] != needed[name] or not is_kind:
             raise ValueError(f"{name} is {[*v.shape]} of {v.dtype}, but must be "
                              f"{needed[name]} of {kind}")
 
@@ -237,7 +239,6 @@ if __name__ == "__main__":
         y, h = BACKENDS[name](*leaves, None)
         gradients = torch.autograd.grad(y.square().sum() + h.square().sum(), leaves)
         ms = 1e3 * (time.perf_counter() - start)
-        if dtype == torch.float64:
-            exact = gradients
-        errors = [(v - w).abs().max() / w.abs().max() for v, w in zip(gradients, exact)]
+        exact = gradients if dtype == torch.float64 else exact
+        errors = [(v - e).abs().max() / e.abs().max() for v, e in zip(gradients, exact)]
         print(f"{name:10}{str(dtype):16}{ms:8.1f} ms{max(errors).item():12.1e}")

@@ -4,8 +4,8 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A Triton program is one warp here: 32 threads in lockstep. A thread holds the n states of one
-channel in registers and walks through time. So no tensor (b, l, d, n) ever lies in memory.
+A Triton program (a CUDA block) is one warp here: 32 threads in lockstep. Each holds the n states of
+one channel in registers and walks through time. No whole (b, l, d, n) ever lies in memory.
 
 One sequence of the 7B has 8192 channels, or 256 warps. An H100 has room for more than 2000. So
 time is cut into chunks, and all chunks are walked at once. That is possible because a chunk does
@@ -15,11 +15,10 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
     pass 2   carry_kernel    chunk after chunk: the state that enters each
     pass 3   scan_kernel     every chunk at once, from that state: y
 
-A batch that fills the GPU by itself is not cut and needs pass 3 only. The backward is three such
-passes from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes
-step_kernel. `python scan_triton.py` compiles them all for an H100, with or without a GPU, and
-estimates their time, which was never measured. It prints the registers, on which it depends how
-many warps fit. Next: mamba.py.
+A batch that fills half of the GPU is not cut and needs pass 3 only. The backward does the same to
+dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes step_kernel.
+`python scan_triton.py` compiles them all, with or without a GPU. It prints their registers, which
+limit how many warps fit, and their time on an H100, estimated and never measured. Next: mamba.py.
 
 Sizes: b batch, l length, d channels, n states of a channel.
 """
@@ -33,28 +32,24 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHANNELS = tl.constexpr(32)     # of a program: one for each thread
-STEPS = 4                       # a block of steps is loaded at once, before the first is computed
-KEEP = 256                      # the forward keeps a state at least every so many steps
-SCRATCH = 500 << 20             # bytes: the backward takes as many chunks at a time as fit in here
-WARPS = 21                      # about so many fit on an H100's multiprocessor in pass 3
-LOG2E = tl.constexpr(1.4426950408889634)    # exp(v) = exp2(v log2(e)), and a GPU has exp2
+STEPS = 4               # a block of steps is loaded at once, before the first is computed
+STRETCH = 256           # the forward keeps a state for the backward at least every so many steps
+SCRATCH = 500 << 20     # bytes: the backward takes as many chunks at a time as fit in here
+CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
+LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
-# Triton compiles a kernel anew for an argument of 1 and for multiples of 16. Not for these.
-LENGTHS = ["l", "since", "chunk", "chunks", "keep"]
-# If Triton knew that these addresses are multiples of 16, it would give a thread 4 channels and
-# n / 4 states of each. A sum over n would then pass between threads.
+# For each of these, Triton would compile a kernel anew where it is 1, and where 16 divides it.
+LENGTHS = ["l", "since", "chunk", "chunks", "stretch"]
+# Wanted: thread 0 holds the 16 states of channel 0. If Triton knew that 16 divides these addresses,
+# thread 0 would hold 4 states of channels 0 to 3, and a sum over n would pass between threads.
 STATES = ["A_ptr", "start_ptr", "h_ptr", "kept_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
-channel_a_thread = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
-
+thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
 # What the kernels share.
-
-
 @triton.jit
 def softplus(v):
-    # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. The
-    # series of log(1 + e) = 2 artanh(e / (2 + e)) keeps the digits of a small e.
+    # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. Triton
+    # has no log1p, but log(1 + e) = 2 artanh(r) = 2 r (1 + r^2 / 3 + r^4 / 5 + ...).
     e = tl.exp2(tl.abs(v) * -LOG2E)
     r = e / (2 + e)
     q = r * r
@@ -62,184 +57,166 @@ def softplus(v):
     series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
     return tl.maximum(v, 0) + 2 * r * series
 
-
 @triton.jit
-def decay_in(time, A, reset):
-    # exp(time A), (n, CHANNELS). A was multiplied by log2(e). A reset adds -inf to the exponent:
-    # 2^-inf is 0, and so nothing is left of the state.
-    return tl.exp2(time[None, :] * A + reset)
-
+def decay_over(time, A2, forget):
+    # exp(time A), (n, CHANNELS), from A2 = A log2(e). `forget` is 0, or -inf for a reset: 2^-inf
+    # is 0, and so nothing is left of the state.
+    return tl.exp2(time[None, :] * A2 + forget)
 
 @triton.jit
 def find_chunk(l, since, chunk, chunks, d):
-    # A sequence has `chunks` chunks of `chunk` steps, from step `since` on. The program's is the
-    # k-th of all sequences: an int64, because offsets are made from it, and b * l * d passes 2^31.
+    # Each sequence of the batch has `chunks` chunks of `chunk` steps, from step `since` on. This
+    # program's is the k-th of all. int64, because offsets are made from it and may pass 2^31.
     k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
     start = since + (k % chunks).to(tl.int32) * chunk
     return k, k // chunks, start, tl.minimum(start + chunk, l)
 
-
 @triton.jit
 def find_channels(d, n):
-    # The program's channels c, a power of 2 of states i, and where both lie in a tensor (n, d). In
-    # this order, neighbouring threads read neighbours.
+    # Channels c, states i (padded to a power of 2), where they lie in a tensor (n, d), which exist.
+    # In this order, neighbouring threads read neighbours.
     c = tl.program_id(0) % tl.cdiv(d, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
     i = tl.arange(0, triton.next_power_of_2(n))
     return c, i, i[:, None] * d + c[None, :], (i < n)[:, None] & (c < d)[None, :]
-
 
 @triton.jit
 def load(ptr, at, mask, other=0.0):
     return tl.load(ptr + at, mask, other).to(tl.float32)
 
-
 @triton.jit
-def load_rows(ptr, row, left, c, d, STEPS, other=0.0):
-    # A block: STEPS rows of a tensor (b, l, d), if it is not None. `left` of them are in the chunk.
+def load_rows(ptr, row, rest, c, d, BLOCK, other=0.0):
+    # A block of a tensor (b, l, d), if it is not None. A row is one step of one sequence. `rest` is
+    # how many are left of the chunk. Past it dt is -inf: softplus makes that a step of no time.
     rows = ()
     if ptr is not None:
-        for s in tl.static_range(STEPS):
-            rows += (load(ptr, (row + s) * d + c, s < tl.where(c < d, left, 0), other),)
+        for j in tl.static_range(BLOCK):
+            rows += (load(ptr, (row + j) * d + c, j < tl.where(c < d, rest, 0), other),)
     return rows
 
+@triton.jit
+def store_rows(ptr, rows, row, rest, c, d, BLOCK):
+    for j in tl.static_range(BLOCK):
+        tl.store(ptr + (row + j) * d + c, rows[j], j < tl.where(c < d, rest, 0))
 
 @triton.jit
-def store_rows(ptr, rows, row, left, c, d, STEPS):
-    for s in tl.static_range(STEPS):
-        tl.store(ptr + (row + s) * d + c, rows[s], s < tl.where(c < d, left, 0))
-
-
-@triton.jit
-def load_reset(ptr, at, mask):
+def load_forget(ptr, at, mask):
     return 0.0 if ptr is None else tl.where(tl.load(ptr + at, mask, False), float("-inf"), 0.0)
 
-
 @triton.jit
-def load_BC(ptr, row, s, left, i, n):
-    # Row s of a block of (b, l, n). After the end it is the last one again, and gets multiplied by
-    # 0. That is less work than a mask.
-    return load(ptr + row * n, tl.minimum(s, left - 1) * n + i, i < n)
-
+def load_BC(ptr, row, j, rest, i, n):
+    # Step j of a block of (b, l, n). Past the end the last one again: its factor is 0 there.
+    return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
 
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
-# bool. z and reset may be None.
-
+# bool. z and reset may be None. BLOCK is the steps of a block.
 
 # Pass 1:   h = 0
 #           for t in the chunk:
 #               h = exp(delta_t A) h + delta_t B_t x_t
 #           local = h
 #           decay = the product of all exp(delta_t A) = exp(A * the sum of all delta_t)
-@channel_a_thread
+@thread_per_channel
 def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
                   decay_ptr, local_ptr,     # (b, chunks, n, d) out
-                  l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+                  l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
-    A = load(A_ptr, tile, inside) * LOG2E
+    A2 = load(A_ptr, tile, inside) * LOG2E
     bias = load(bias_ptr, c, c < d)
-    h = tl.zeros_like(A)
+    h = tl.zeros_like(A2)
     time = tl.zeros_like(bias)
-    resets = 0.0
-    for t in range(start, end, STEPS):
+    forgets = 0.0
+    for t in range(start, end, BLOCK):
         row = sequence * l + t
-        left = end - t
-        xs = load_rows(x_ptr, row, left, c, d, STEPS)
-        # softplus(-inf) is 0: a step after the end takes no time and changes nothing.
-        dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
-        for s in tl.static_range(STEPS):
-            B = load_BC(B_ptr, row, s, left, i, n)
-            delta = softplus(dts[s] + bias)
-            reset = load_reset(reset_ptr, row + s, s < left)
-            h = decay_in(delta, A, reset) * h + (delta * xs[s])[None, :] * B[:, None]
+        rest = end - t
+        xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
+        dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
+        for j in tl.static_range(BLOCK):
+            B = load_BC(B_ptr, row, j, rest, i, n)
+            delta = softplus(dts[j] + bias)
+            forget = load_forget(reset_ptr, row + j, j < rest)
+            h = decay_over(delta, A2, forget) * h + (delta * xs[j])[None, :] * B[:, None]
             time += delta
-            resets += reset
-    tl.store(decay_ptr + k * n * d + tile, decay_in(time, A, resets), inside)
+            forgets += forget
+    tl.store(decay_ptr + k * n * d + tile, decay_over(time, A2, forgets), inside)
     tl.store(local_ptr + k * n * d + tile, h, inside)
 
-
-# Pass 2, for the backward too:   for each chunk: h = decay * h + local
-# A state is a row of size = n * d numbers here.
+# Pass 2, for the backward's dh too:   for each chunk: h = decay * h + local
+# Each of a state's size = n * d numbers goes its own way here.
 @triton.jit(do_not_specialize=LENGTHS)
-def carry_kernel(h_ptr,             # (b, size): what enters the first, then what leaves the last
-                 decay_ptr,         # (b, chunks, size)
-                 local_ptr,         # (b, chunks, size), overwritten with what enters each chunk
+def carry_kernel(h_ptr,         # (b, size): what enters the first, then what leaves the last
+                 decay_ptr,     # (b, chunks, size)
+                 local_ptr,     # (b, chunks, size), overwritten with what enters each chunk
                  chunks, size: tl.constexpr, FROM_END: tl.constexpr):
     sequence = (tl.program_id(0) // tl.cdiv(size, CHANNELS)).to(tl.int64)
     i = tl.program_id(0) % tl.cdiv(size, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
     h = load(h_ptr, sequence * size + i, i < size)
-    for step in range(chunks):
-        k = chunks - 1 - step if FROM_END else step
-        at = (sequence * chunks + k) * size + i
-        decay = load(decay_ptr, at, i < size)
-        local = load(local_ptr, at, i < size)
-        tl.store(local_ptr + at, h, i < size)
+    for done in range(chunks):
+        k = sequence * chunks + (chunks - 1 - done if FROM_END else done)
+        decay = load(decay_ptr, k * size + i, i < size)
+        local = load(local_ptr, k * size + i, i < size)
+        tl.store(local_ptr + k * size + i, h, i < size)     # in place of local: what enters
         h = decay * h + local
     tl.store(h_ptr + sequence * size + i, h, i < size)
 
-
-# Pass 3:   h = the state that enters the chunk
-#           for t in the chunk:
-#               h = exp(delta_t A) h + delta_t B_t x_t
+# Pass 3:   as pass 1, but h = the state that enters the chunk, and for each t
 #               y_t = (C_t . h + D x_t) SiLU(z_t)
-# For the backward, h is kept at the chunk's start and then every `keep` steps.
-@channel_a_thread
+# A chunk is one or more stretches of `stretch` steps. The h that enters each is kept.
+@thread_per_channel
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                start_ptr,          # (b, chunks, n, d): what enters each chunk
-                y_ptr,              # (b, l, d) out
-                kept_ptr,           # (b, l / keep rounded up, n, d) out
-                h_ptr,              # (b, n, d) out: the last state
-                l, chunk, chunks, keep, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+                start_ptr,      # (b, chunks, n, d): what enters each chunk
+                y_ptr,          # (b, l, d) out
+                kept_ptr,       # (b, l / stretch rounded up, n, d) out
+                h_ptr,          # (b, n, d) out: the last state
+                l, chunk, chunks, stretch, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
-    A = load(A_ptr, tile, inside) * LOG2E
+    A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     h = load(start_ptr + k * n * d, tile, inside)
-    kept = sequence * tl.cdiv(l, keep) + start // keep
-    for keep_start in range(start, end, keep):
-        tl.store(kept_ptr + kept * n * d + tile, h, inside)
-        kept += 1
-        for t in range(keep_start, tl.minimum(keep_start + keep, end), STEPS):
+    for first in range(start, end, stretch):
+        slot = sequence * tl.cdiv(l, stretch) + first // stretch
+        tl.store(kept_ptr + slot * n * d + tile, h, inside)
+        for t in range(first, tl.minimum(first + stretch, end), BLOCK):
             row = sequence * l + t
-            left = end - t
-            xs = load_rows(x_ptr, row, left, c, d, STEPS)
-            dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
-            zs = load_rows(z_ptr, row, left, c, d, STEPS)
+            rest = end - t
+            xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
+            dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
+            zs = load_rows(z_ptr, row, rest, c, d, BLOCK)
             ys = ()
-            for s in tl.static_range(STEPS):
-                B = load_BC(B_ptr, row, s, left, i, n)
-                C = load_BC(C_ptr, row, s, left, i, n)
-                delta = softplus(dts[s] + bias)
-                reset = load_reset(reset_ptr, row + s, s < left)
-                h = decay_in(delta, A, reset) * h + (delta * xs[s])[None, :] * B[:, None]
-                y = tl.sum(C[:, None] * h, 0) + D * xs[s]
+            for j in tl.static_range(BLOCK):
+                B = load_BC(B_ptr, row, j, rest, i, n)
+                C = load_BC(C_ptr, row, j, rest, i, n)
+                delta = softplus(dts[j] + bias)
+                forget = load_forget(reset_ptr, row + j, j < rest)
+                h = decay_over(delta, A2, forget) * h + (delta * xs[j])[None, :] * B[:, None]
+                y = tl.sum(C[:, None] * h, 0) + D * xs[j]
                 if z_ptr is not None:
-                    y *= zs[s] * tl.sigmoid(zs[s])
+                    y *= zs[j] * tl.sigmoid(zs[j])
                 ys += (y,)
-            store_rows(y_ptr, ys, row, left, c, d, STEPS)   # last, so that no load waits for it
-    if end == l:
+            store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, so that no load waits for it
+    if end == l:        # with several chunks pass 2 did this, too
         tl.store(h_ptr + sequence * n * d + tile, h, inside)
-
 
 # One token. The state is the model's own, and lies (d, n). So does A here.
 @triton.jit
 def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                h_ptr,              # (b, d, n), overwritten
-                y_ptr,              # (b, 1, d) out
+                h_ptr,          # (b, d, n), overwritten
+                y_ptr,          # (b, 1, d) out
                 d: tl.constexpr, n: tl.constexpr):
     sequence = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
     c, i, _, inside = find_channels(d, n)
-    tile = c[None, :] * n + i[:, None]
-    A = load(A_ptr, tile, inside) * LOG2E
+    tile = c[None, :] * n + i[:, None]      # where they lie in (d, n)
+    A2 = load(A_ptr, tile, inside) * LOG2E
     h = load(h_ptr + sequence * d * n, tile, inside)
     B = load(B_ptr + sequence * n, i, i < n)
     C = load(C_ptr + sequence * n, i, i < n)
     x = load(x_ptr + sequence * d, c, c < d)
     dt = load(dt_ptr + sequence * d, c, c < d)
     delta = softplus(dt + load(bias_ptr, c, c < d))
-    reset = load_reset(reset_ptr, sequence, True)
-    h = decay_in(delta, A, reset) * h + (delta * x)[None, :] * B[:, None]
+    forget = load_forget(reset_ptr, sequence, True)
+    h = decay_over(delta, A2, forget) * h + (delta * x)[None, :] * B[:, None]
     y = tl.sum(C[:, None] * h, 0) + load(D_ptr, c, c < d) * x
     if z_ptr is not None:
         z = load(z_ptr + sequence * d, c, c < d)
@@ -247,199 +224,184 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
     tl.store(h_ptr + sequence * d * n + tile, h, inside)
     tl.store(y_ptr + sequence * d + c, y, c < d)
 
+# The backward. scan.py derives its formulas, above run_chunk, and has the same names:
+#     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
+#     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}
+# To run h backwards would be to divide by decays. So h is computed again, from the kept states.
+# NOTE: a chunk of the backward is a stretch of the forward, because it begins with a kept state.
+# At its start it hands on exp(u_t) dh_t of its first t. Written out, that is decay times what
+# entered at its end, plus its local: the sum over t of (the exp(u) from its start to t, multiplied)
+# C_t ds_t. This sum needs no dh, and so pass 1 can take it forwards in time, together with h.
 
-# The backward. dh_t is the loss's gradient in h_t, and so for the other names. With
-#     g_t = dy_t SiLU(z_t),   w_t = delta_t x_t,   u_t = exp(delta_t A) h_{t-1}
-# the forward is h_t = u_t + w_t B_t. y_t and h_{t+1} read h_t, so dh is a recurrence as well:
-#     dh_t = C_t g_t + exp(delta_{t+1} A) dh_{t+1}
-# The other gradients follow:
-#     dC_t = sum over d of g_t h_t                    dB_t = sum over d of w_t dh_t
-#     dw_t = sum over n of B_t dh_t                   du_t = u_t dh_t, the gradient in delta_t A
-#     dx_t = delta_t dw_t + D g_t                     dA = sum over t of delta_t du_t
-#     ddelta_t = x_t dw_t + sum over n of A du_t      ddt_t = ddelta_t sigmoid(dt_t + bias)
-#     dD = sum over t of x_t g_t                      dbias = sum over t of ddt_t
-# h cannot be run backwards, which would divide by decays. So it is computed once more from the
-# states that the forward has kept. They are the starts of the backward's chunks.
-
-
-# Pass 1:   h = the state that enters the chunk,   dh = 0,   decay = 1
+# Pass 1:   h = the state that enters the chunk,   local = 0,   decay = 1
 #           for t in the chunk:
-#               h = exp(delta_t A) h + delta_t B_t x_t
-#               dz_t = dy_t (C_t . h + D x_t) SiLU'(z_t)
-#               decay = decay exp(delta_t A)
-#               dh = dh + decay C_t g_t
-# dh is what the chunk adds to the gradient at its start. Pass 3 needs the h of every block.
-@channel_a_thread
+#               h = exp(u_t) h + w_t B_t
+#               dz_t = dy_t s_t SiLU'(z_t)      here, because it needs h and no dh
+#               decay = decay exp(u_t)
+#               local = local + decay C_t ds_t
+# Pass 3 takes blocks from the last to the first. So the h that enters each block is stored.
+@thread_per_channel
 def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                   start_ptr,        # (b, chunks, n, d): what enters each chunk
                   dy_ptr,           # (b, l, d)
                   dz_ptr,           # (b, l, d) out; None without z
-                  blocks_ptr,       # (b, chunks * chunk / STEPS, n, d) out: what enters each block
-                  decay_ptr, local_ptr,     # (b, chunks, n, d) out: decay and dh
-                  l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+                  blocks_ptr,       # (b, chunks * chunk / BLOCK, n, d) out: what enters each block
+                  decay_ptr, local_ptr,     # (b, chunks, n, d) out
+                  l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
-    A = load(A_ptr, tile, inside) * LOG2E
+    A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     h = load(start_ptr + k * n * d, tile, inside)
-    dh = tl.zeros_like(A)
-    decay = tl.full(A.shape, 1.0, tl.float32)
-    block = k * (chunk // STEPS)
-    for t in range(start, end, STEPS):
-        tl.store(blocks_ptr + block * n * d + tile, h, inside)
-        block += 1
+    local = tl.zeros_like(A2)
+    decay = tl.full(A2.shape, 1.0, tl.float32)
+    for t in range(start, end, BLOCK):
+        slot = (k * chunk + t - start) // BLOCK
+        tl.store(blocks_ptr + slot * n * d + tile, h, inside)
         row = sequence * l + t
-        left = end - t
-        xs = load_rows(x_ptr, row, left, c, d, STEPS)
-        dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
-        zs = load_rows(z_ptr, row, left, c, d, STEPS)
-        dys = load_rows(dy_ptr, row, left, c, d, STEPS)
+        rest = end - t
+        xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
+        dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
+        zs = load_rows(z_ptr, row, rest, c, d, BLOCK)
+        dys = load_rows(dy_ptr, row, rest, c, d, BLOCK)
         dzs = ()
-        for s in tl.static_range(STEPS):
-            B = load_BC(B_ptr, row, s, left, i, n)
-            C = load_BC(C_ptr, row, s, left, i, n)
-            delta = softplus(dts[s] + bias)
-            a = decay_in(delta, A, load_reset(reset_ptr, row + s, s < left))
-            h = a * h + (delta * xs[s])[None, :] * B[:, None]
-            g = dys[s]
+        for j in tl.static_range(BLOCK):
+            B = load_BC(B_ptr, row, j, rest, i, n)
+            C = load_BC(C_ptr, row, j, rest, i, n)
+            delta = softplus(dts[j] + bias)
+            fade = decay_over(delta, A2, load_forget(reset_ptr, row + j, j < rest))
+            h = fade * h + (delta * xs[j])[None, :] * B[:, None]
+            ds = dys[j]
             if z_ptr is not None:
-                y = tl.sum(C[:, None] * h, 0) + D * xs[s]
-                gate = tl.sigmoid(zs[s])
-                dzs += (dys[s] * y * gate * (1 + zs[s] * (1 - gate)),)
-                g *= zs[s] * gate
-            decay *= a
-            dh += decay * C[:, None] * g[None, :]
+                s = tl.sum(C[:, None] * h, 0) + D * xs[j]
+                gate = tl.sigmoid(zs[j])
+                dzs += (dys[j] * s * gate * (1 + zs[j] * (1 - gate)),)
+                ds *= zs[j] * gate
+            decay *= fade
+            local += decay * C[:, None] * ds[None, :]
         if z_ptr is not None:
-            store_rows(dz_ptr, dzs, row, left, c, d, STEPS)
+            store_rows(dz_ptr, dzs, row, rest, c, d, BLOCK)
     tl.store(decay_ptr + k * n * d + tile, decay, inside)
-    tl.store(local_ptr + k * n * d + tile, dh, inside)
+    tl.store(local_ptr + k * n * d + tile, local, inside)
 
-
-# Pass 3:   dh = what enters the chunk from its end
+# Pass 3:   dh = what enters the chunk at its end
 #           for each block, from the last:
 #               for t in the block:
-#                   u_t, w_t, from the h that enters the block
+#                   faded_t = exp(u_t) h_{t-1}, from the h that enters the block
 #               for t in the block, from the last:
-#                   dh = dh + C_t g_t
+#                   dh = dh + C_t ds_t
 #                   the other gradients of step t
-#                   dh = exp(delta_t A) dh
-# Sums over d pass between threads in any case. So Triton may know the addresses here.
+#                   dh = exp(u_t) dh
+# Its sums over d pass between threads anyway, and so Triton may choose who holds what.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
-                   dy_ptr,                  # (b, l, d)
-                   blocks_ptr,              # (b, chunks * chunk / STEPS, n, d)
-                   dh_ptr,                  # (b, chunks, n, d): what enters a chunk from its end
-                   dx_ptr, ddt_ptr,         # (b, l, d) out
-                   dB_ptr, dC_ptr,          # (b, chunks, tiles, chunk, n) out: of these channels
-                   dA_ptr,                  # (b, chunks, n, d) out: of these steps
-                   dD_ptr, dbias_ptr,       # (b, chunks, d) out: of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, STEPS: tl.constexpr):
+                   dy_ptr,             # (b, l, d)
+                   blocks_ptr,         # (b, chunks * chunk / BLOCK, n, d)
+                   dh_ptr,             # (b, chunks, n, d): what enters each chunk at its end
+                   dx_ptr, ddt_ptr,    # (b, l, d) out
+                   dB_ptr, dC_ptr,     # (b, chunks, programs, chunk, n) out: of 32 channels
+                   dA_ptr,             # (b, chunks, n, d) out: of these steps
+                   dD_ptr, dbias_ptr,  # (b, chunks, d) out: of these steps
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
-    A = load(A_ptr, tile, inside) * LOG2E
+    A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     dh = load(dh_ptr + k * n * d, tile, inside)
-    dA = tl.zeros_like(A)
+    dA = tl.zeros_like(A2)
     dD = tl.zeros_like(D)
     dbias = tl.zeros_like(bias)
-    blocks = tl.cdiv(end - start, STEPS)
-    for done in range(blocks):
-        block = blocks - 1 - done
-        t = start + block * STEPS
+    last = start + (end - start - 1) // BLOCK * BLOCK
+    for t in range(last, start - 1, -BLOCK):
         row = sequence * l + t
-        left = end - t
-        xs = load_rows(x_ptr, row, left, c, d, STEPS)
-        dts = load_rows(dt_ptr, row, left, c, d, STEPS, float("-inf"))
-        zs = load_rows(z_ptr, row, left, c, d, STEPS)
-        dys = load_rows(dy_ptr, row, left, c, d, STEPS)
-        h = load(blocks_ptr + (k * (chunk // STEPS) + block) * n * d, tile, inside)
-        us = ()
-        for s in tl.static_range(STEPS):
-            B = load_BC(B_ptr, row, s, left, i, n)
-            delta = softplus(dts[s] + bias)
-            us += (decay_in(delta, A, load_reset(reset_ptr, row + s, s < left)) * h,)
-            h = us[s] + (delta * xs[s])[None, :] * B[:, None]
-        for s in tl.static_range(STEPS - 1, -1, -1):
-            B = load_BC(B_ptr, row, s, left, i, n)
-            C = load_BC(C_ptr, row, s, left, i, n)
-            # After the end delta is 0 in any case. The mask hides from the compiler that the decay
-            # below was computed above. It would keep all of those, and run out of registers.
-            delta = tl.where(s < left, softplus(dts[s] + bias), 0.0)
-            w = delta * xs[s]
-            g = dys[s]
+        rest = end - t
+        xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
+        dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
+        zs = load_rows(z_ptr, row, rest, c, d, BLOCK)
+        dys = load_rows(dy_ptr, row, rest, c, d, BLOCK)
+        slot = (k * chunk + t - start) // BLOCK
+        h = load(blocks_ptr + slot * n * d, tile, inside)
+        faded = ()
+        for j in tl.static_range(BLOCK):
+            B = load_BC(B_ptr, row, j, rest, i, n)
+            delta = softplus(dts[j] + bias)
+            forget = load_forget(reset_ptr, row + j, j < rest)
+            faded += (decay_over(delta, A2, forget) * h,)
+            h = faded[j] + (delta * xs[j])[None, :] * B[:, None]
+        for j in tl.static_range(BLOCK - 1, -1, -1):
+            B = load_BC(B_ptr, row, j, rest, i, n)
+            C = load_BC(C_ptr, row, j, rest, i, n)
+            # It is 0 past the end anyway. But without this mask the compiler keeps the decays from
+            # above for the loop's last line, and runs out of registers.
+            delta = tl.where(j < rest, softplus(dts[j] + bias), 0.0)
+            w = delta * xs[j]
+            ds = dys[j]
             if z_ptr is not None:
-                g *= zs[s] * tl.sigmoid(zs[s])
-            h = us[s] + w[None, :] * B[:, None]
-            dh += C[:, None] * g[None, :]
-            sums = (tl.program_id(0).to(tl.int64) * chunk + block * STEPS + s) * n + i
-            tl.store(dB_ptr + sums, tl.sum(dh * w[None, :], 1), i < n)
-            tl.store(dC_ptr + sums, tl.sum(h * g[None, :], 1), i < n)
-            du = dh * us[s]
+                ds *= zs[j] * tl.sigmoid(zs[j])
+            h = faded[j] + w[None, :] * B[:, None]      # once more: cheaper than to keep it
+            dh += C[:, None] * ds[None, :]
+            at = (tl.program_id(0).to(tl.int64) * chunk + t - start + j) * n + i
+            tl.store(dB_ptr + at, tl.sum(dh * w[None, :], 1), i < n)
+            tl.store(dC_ptr + at, tl.sum(h * ds[None, :], 1), i < n)
+            du = dh * faded[j]
             dA += du * delta[None, :]
             dw = tl.sum(dh * B[:, None], 0)
-            ddelta = dw * xs[s] + tl.sum(du * A, 0) / LOG2E
-            ddt = ddelta * tl.sigmoid(dts[s] + bias)
-            dD += xs[s] * g
+            ddelta = dw * xs[j] + tl.sum(du * A2, 0) / LOG2E
+            ddt = ddelta * tl.sigmoid(dts[j] + bias)
+            dD += xs[j] * ds
             dbias += ddt
-            exists = s < tl.where(c < d, left, 0)
-            tl.store(dx_ptr + (row + s) * d + c, delta * dw + D * g, exists)
-            tl.store(ddt_ptr + (row + s) * d + c, ddt, exists)
-            dh *= decay_in(delta, A, load_reset(reset_ptr, row + s, s < left))
+            exists = j < tl.where(c < d, rest, 0)
+            tl.store(dx_ptr + (row + j) * d + c, delta * dw + D * ds, exists)
+            tl.store(ddt_ptr + (row + j) * d + c, ddt, exists)
+            dh *= decay_over(delta, A2, load_forget(reset_ptr, row + j, j < rest))
     tl.store(dA_ptr + k * n * d + tile, dA, inside)
     tl.store(dD_ptr + k * d + c, dD, c < d)
     tl.store(dbias_ptr + k * d + c, dbias, c < d)
 
-
-# What PyTorch sees: three operators that torch.compile does not look into. Each takes these last.
+# What PyTorch sees: three operators that torch.compile does not look into. Each takes these nine
+# last, and of these at last what may be None.
 INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, "
           "Tensor? reset")
 
-
-def launch(kernel, rows: int, width: int, *args, **sizes) -> None:
-    """Run a program for each row and each CHANNELS of the width."""
-    grid = (rows * triton.cdiv(width, CHANNELS),)   # one axis, because the others end at 65535
+def launch(kernel, count: int, width: int, *args, **sizes) -> None:
+    """Run `count` times a program for every CHANNELS of the width."""
+    grid = (count * triton.cdiv(width, CHANNELS),)  # one axis, because the others end at 65535
     with torch.cuda.device_of(args[0]):             # Triton would take the current GPU
-        kernel[grid](*args, **sizes, num_warps=1, enable_fp_fusion=True)
-
+        kernel[grid](*args, **sizes, num_warps=1, enable_fp_fusion=True)    # a * b + c at once
 
 def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
-    """How many chunks to cut time into."""
+    """How many chunks to cut time into, on a GPU of so many multiprocessors."""
     warps = max(1, b * triton.cdiv(d, CHANNELS))
+    room = 21 * sm_count        # about so many warps of scan_kernel fit
     # Chunks are walked twice. One is walked once, which is faster if it fills half of the GPU.
-    if warps >= sm_count * WARPS / 2:
+    if warps >= room / 2:
         return 1
     # Fill the GPU three times over. Then it matters little if the last warps do not fill it.
-    wanted = triton.cdiv(3 * sm_count * WARPS, warps)
-    # After 128 steps, a state of n = 16 in fp32 is a quarter of the chunk's x in bf16.
+    wanted = triton.cdiv(3 * room, warps)
+    # After 128 steps a state, n = 16 in fp32, is a quarter of the chunk's x in bf16: cheap to move.
     return max(1, min(wanted, l // 128))
 
-
 def cut_time(x: Tensor) -> tuple[int, int, int]:
-    """How many chunks, the steps of one, and how many of these lie between two kept states."""
+    """How many chunks, the steps of one, and the steps of each of its stretches."""
     b, l, d = x.shape
-    sm_count = 132                                  # an H100's
+    sm_count = 132      # an H100's
     if x.is_cuda:
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
     chunk = triton.cdiv(l, chunk_count(b, l, d, sm_count))
-    parts = triton.cdiv(chunk, KEEP)
-    keep = triton.cdiv(chunk, parts * STEPS) * STEPS
-    chunk = parts * keep
-    return triton.cdiv(l, chunk), chunk, keep
-
+    # Rounded up: a stretch to whole blocks, and the chunk to whole stretches.
+    stretches = triton.cdiv(chunk, STRETCH)
+    stretch = triton.cdiv(chunk, stretches * STEPS) * STEPS
+    chunk = stretches * stretch
+    return triton.cdiv(l, chunk), chunk, stretch
 
 def block_steps(n: int) -> int:
-    """Steps of a block in the backward, which holds all its states in registers. More than 32
-    states of a channel go to slower memory even so."""
-    if n <= 16:
-        return STEPS
-    return 2 if n <= 32 else 1
-
+    """BLOCK in the backward. Registers hold up to 64 states of a channel; for n > 32 they spill."""
+    return max(1, min(STEPS, 64 // triton.next_power_of_2(n)))
 
 def contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
-
 
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
                          schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
@@ -447,27 +409,25 @@ def scan(h0, *inputs):
     """y, the last h and the states kept for the backward. h0 and h are (b, n, d), A is (n, d)."""
     x, dt, A, B, C, D, bias, z, reset = inputs = contiguous(*inputs)
     b, n, d = h0.shape
-    chunks, chunk, keep = cut_time(x)
-    sizes = dict(l=x.shape[1], chunk=chunk, chunks=chunks, d=d, n=n, STEPS=STEPS)
+    chunks, chunk, stretch = cut_time(x)
+    sizes = dict(l=x.shape[1], chunk=chunk, chunks=chunks, d=d, n=n, BLOCK=STEPS)
     y, h, kept = empty_outputs(h0, x)
     h.copy_(h0)
-    start = h
+    start = h       # enters the only chunk, and is then overwritten with what leaves it
     if chunks > 1:
         start = h.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
         decay = h.new_empty(b, chunks, n, d)
         launch(reduce_kernel, b * chunks, d, x, dt, A, B, bias, reset, decay, start, **sizes)
         launch(carry_kernel, b, n * d, h, decay, start, chunks, n * d, False)
-    launch(scan_kernel, b * chunks, d, *inputs, start, y, kept, h, keep=keep, **sizes)
+    launch(scan_kernel, b * chunks, d, *inputs, start, y, kept, h, stretch=stretch, **sizes)
     return y, h, kept
 
-
-@scan.register_fake
+@scan.register_fake     # torch.compile asks it for shapes
 def empty_outputs(h0, x, *_):
     b, n, d = h0.shape
-    _, _, keep = cut_time(x)
-    kept = h0.new_empty(b, triton.cdiv(x.shape[1], keep), n, d)
+    _, _, stretch = cut_time(x)
+    kept = h0.new_empty(b, triton.cdiv(x.shape[1], stretch), n, d)
     return x.new_empty(x.shape), h0.new_empty(h0.shape), kept
-
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
                          schema=f"(Tensor dy, Tensor dh, Tensor kept, {INPUTS}) -> Tensor[]")
@@ -475,39 +435,37 @@ def scan_backward(dy, dh, kept, *inputs):
     """The gradients of h0 and of the inputs, without those of reset and of a z that is None."""
     dy, *inputs = contiguous(dy, *inputs)
     grads = empty_grads(dy, dh, kept, *inputs)
-    dh0, dx, ddt, dA, dB, dC, dD, dbias = grads[:8]
-    dh0.copy_(dh)
-    for sum_of_chunks in (dA, dD, dbias):
-        sum_of_chunks.zero_()
+    dh0, _, _, dA, _, _, dD, dbias, *_ = grads
+    dh0.copy_(dh)               # what enters the last chunk; carry_kernel makes dh0 of it
+    for total in (dA, dD, dbias):
+        total.zero_()
     b, n, d = dh.shape
-    _, _, chunk = cut_time(dy)
-    blocks_bytes = 4 * b * chunk // block_steps(n) * n * d
+    _, _, chunk = cut_time(dy)  # a stretch of the forward
+    blocks_bytes = 4 * b * (chunk // block_steps(n)) * n * d
     sums_bytes = 4 * b * chunk * triton.cdiv(d, CHANNELS) * n * 2
-    group = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
-    for k in reversed(range(0, kept.shape[1], group)):
-        backward_chunks(k * chunk, chunk, kept[:, k:k + group].contiguous(), dy, inputs, grads)
+    at_once = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
+    for k in reversed(range(0, kept.shape[1], at_once)):
+        backward_chunks(k * chunk, chunk, kept[:, k:k + at_once].contiguous(), dy, inputs, grads)
     return grads
-
 
 def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
     """Fill in the gradients of chunks that begin at step `since`, with the states `start`."""
-    dh0, dx, ddt, dA, dB, dC, dD, dbias = grads[:8]
-    dz = grads[8] if len(grads) > 8 else None
+    dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads
+    dz = dz[0] if dz else None
     b, chunks, n, d = start.shape
-    rows = b * chunks
-    steps = block_steps(n)
-    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, STEPS=steps)
-    blocks = start.new_empty(b, chunks * chunk // steps, n, d)
+    block = block_steps(n)
+    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, BLOCK=block)
+    blocks = start.new_empty(b, chunks * chunk // block, n, d)
     decay = start.new_empty(b, chunks, n, d)
-    local = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
-    launch(replay_kernel, rows, d, *inputs, start, dy, dz, blocks, decay, local, **sizes)
-    launch(carry_kernel, b, n * d, dh0, decay, local, chunks, n * d, True)
+    enter = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
+    launch(replay_kernel, b * chunks, d, *inputs, start, dy, dz, blocks, decay, enter, **sizes)
+    launch(carry_kernel, b, n * d, dh0, decay, enter, chunks, n * d, True)
     dBs = start.new_empty(b, chunks, triton.cdiv(d, CHANNELS), chunk, n)
     dCs = torch.empty_like(dBs)
     dAs = start.new_empty(b, chunks, n, d)
     dDs = start.new_empty(b, chunks, d)
     dbiases = start.new_empty(b, chunks, d)
-    launch(adjoint_kernel, rows, d, *inputs, dy, blocks, local,
+    launch(adjoint_kernel, b * chunks, d, *inputs, dy, blocks, enter,
            dx, ddt, dBs, dCs, dAs, dDs, dbiases, **sizes)
     end = min(dy.shape[1], since + chunks * chunk)
     dB[:, since:end] = dBs.sum(2).flatten(1, 2)[:, :end - since]
@@ -516,24 +474,18 @@ def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
     dD += dDs.sum((0, 1))
     dbias += dbiases.sum((0, 1))
 
-
 @scan_backward.register_fake
 def empty_grads(dy, dh, kept, *inputs):
     return [t.new_empty(t.shape) for t in (dh, *inputs[:-1]) if t is not None]
-
 
 def setup_context(ctx, inputs, output):
     y, h, kept = output
     ctx.save_for_backward(kept, *inputs[1:])        # h0 is in kept
 
-
 def backward(ctx, dy, dh, dkept):
     grads = scan_backward(dy, dh, *ctx.saved_tensors)
-    return *grads, *[None] * (10 - len(grads))      # of z, if it is None, and reset
-
-
+    return *grads, *[None] * (10 - len(grads))      # for h0 and nine inputs
 scan.register_autograd(backward, setup_context=setup_context)
-
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",),
                          schema=f"(Tensor(a!) h, {INPUTS}) -> Tensor")
@@ -547,11 +499,9 @@ def step(h, *inputs):
     launch(step_kernel, b, d, *inputs, h, y, d=d, n=n)
     return y
 
-
 @step.register_fake
 def empty_step(h, x, *_):
     return x.new_empty(x.shape)
-
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
@@ -559,22 +509,17 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, the last h (b, d, n) in fp32."""
     if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):
         raise ValueError(f"the Triton scan needs CUDA tensors and x is on {x.device}: use "
-                         'backend="auto", or set TRITON_INTERPRET=1 before Python starts, which '
-                         "runs it on the CPU, slowly")
+                         'backend="auto", or set TRITON_INTERPRET=1 before Python starts (slow)')
     b, l, d = x.shape
-    if D is None:
-        D = A.new_zeros(d)
-    if dt_bias is None:
-        dt_bias = A.new_zeros(d)
-    if h0 is None:
-        h0 = A.new_zeros(b, *A.shape)
+    D = A.new_zeros(d) if D is None else D
+    dt_bias = A.new_zeros(d) if dt_bias is None else dt_bias
+    h0 = A.new_zeros(b, *A.shape) if h0 is None else h0
     if l == 1 and not torch.is_grad_enabled():      # decoding
         h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return step(h, x, dt, A, B, C, D, dt_bias, z, reset), h
     A, B, C, D, dt_bias, h0 = (v.float() for v in (A, B, C, D, dt_bias, h0))
     y, h, _ = scan(h0.mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)
     return y, h.mT.contiguous()
-
 
 if __name__ == "__main__":
     from tests.triton_report import main
