@@ -136,8 +136,10 @@ def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_hel
     monkeypatch.setattr(plan, "gpu_memory", lambda device: 80e9)
     monkeypatch.setattr(plan, "host_memory", lambda: host)
     device = torch.device("cpu" if "cpu" in flags else "cuda")
-    options = train.Options(device=device, offload="--offload" in flags,
-                            checkpoint_activations="--checkpoint" in flags)
+    options, _ = train.parse([])
+    options.device = device
+    options.offload = "--offload" in flags
+    options.checkpoint_activations = "--checkpoint" in flags
     with pytest.raises(ValueError) as error:
         check_memory(options, RECIPES["continue"], MambaConfig(), world)
     assert all(word in str(error.value) for word in words), error.value

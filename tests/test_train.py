@@ -25,11 +25,10 @@ import train
 from kill_loop import ONE_THREAD, SMALL, command, curve, kill_loop, untouched_run
 from mamba import Mamba, MambaConfig
 from sample import read_tokenizer
-from train import (GT, RECIPES, Objective, Options, Recipe, Source, Stage, Trainer, batch_size, byte_tokenizer,
+from train import (GT, RECIPES, Objective, Recipe, Source, Stage, Trainer, batch_size, byte_tokenizer,
                    choose_rows, context_length, learning_rate, optimizer, read_source, shares, stage_at)
 
 SEVEN = RECIPES["falcon-mamba-7b"]
-CPU = torch.device("cpu")
 END = 256       # the byte tokenizer's
 
 @pytest.fixture(scope="session")
@@ -88,7 +87,7 @@ def trainer(recipe=Recipe(), sources=None, micro_batch=16, **sizes):
     torch.manual_seed(0)
     small = {"vocab_size": 257, "d_model": 32, "n_layer": 2, "d_state": 8, "initializer_range": 0.2}
     config = MambaConfig(**small | sizes)
-    options = Options(device=CPU, micro_batch=micro_batch)
+    options, _ = train.parse(f"--device cpu --micro-batch {micro_batch}".split())
     objective = train.build(options, config, END, Mamba(config))
     return Trainer(options, recipe, objective, byte_tokenizer(), sources or {})
 
@@ -209,7 +208,7 @@ def test_rows_depend_on_the_seed_and_the_tokens_but_not_on_ranks_and_passes(monk
         assert sorted(given) == sorted(row.tolist() for row in rows(6400))
 
 def tokens_of(path, tokenizer=byte_tokenizer()):
-    return np.concatenate([*train.tokenized([path], tokenizer, END)])
+    return np.concatenate([*train.tokenized(train.text_files([path]), tokenizer, END)])
 
 def test_text_becomes_tokens_as_it_is(tmp_path):
     """Also its line ends, and what spells the token that ends a document."""
@@ -237,7 +236,7 @@ def test_a_folder_may_hold_what_is_hidden_no_file_or_no_text(tmp_path, capsys):
     assert "a/text from where it is not UTF-8" in capsys.readouterr().err
     for content in (b"", b"\xff"):
         (folder / "a" / "text").write_bytes(content)
-        assert [*train.tokenized([folder], byte_tokenizer(), END)] == []      # no document
+        assert [*train.tokenized(train.text_files([folder]), byte_tokenizer(), END)] == []      # no document
 
 LONG_LINE = """
 import resource, sys, train

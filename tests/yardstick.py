@@ -44,7 +44,7 @@ if __name__ == "__main__":
     except (ValueError, KeyError) as e:
         parser.error(f"{out} holds no run that has come to its end: {e}")
     tokenizer = byte_tokenizer()
-    source = read_source("text", standard_library(), tokenizer, tokenizer.token_to_id("<|endoftext|>"))
+    source = read_source(standard_library(), tokenizer, tokenizer.token_to_id("<|endoftext|>"))
     l = RECIPES["tiny"].longest
     starts = range(0, len(source.held_out) - l, l)
     rows = [source.held_out[start + 1:start + l + 1] for start in starts[::math.ceil(len(starts) / 128)]]
