@@ -17,11 +17,11 @@ the package transformers, which is "the reference" below.
 
 Sizes: b batch, l length, m d_model, d d_inner, n d_state, r dt_rank, k d_conv.
 """
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from scan import selective_scan
 
@@ -84,6 +85,31 @@ class RMSNorm(nn.RMSNorm):
         y = F.rms_norm(stream, self.normalized_shape, self.weight.float(), self.eps)
         return y.to(self.weight.dtype)
 
+# What CPUs call their units for 16-bit products (torch.cpu.get_capabilities); ARM's name is last.
+UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+NO_UNITS = [dtype for dtype, names in UNITS.items()
+            if not any(torch.cpu.get_capabilities().get(name) for name in names)]
+WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 it took 2.4 times as long
+ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias. A CPU without units for 16 bits takes it in fp32, if tokens are many.
+
+    PyTorch's own product widens each weight again for every few tokens. Training goes without this,
+    because its backward would keep the wide weights.
+    """
+    few = x.numel() < WIDEN_FROM * x.shape[-1]
+    if few or x.device.type != "cpu" or x.dtype not in NO_UNITS or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    wide = x.float()
+    y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
 class Mixer(nn.Module):
     """What one layer does with the normalised stream."""
 
@@ -92,15 +118,15 @@ class Mixer(nn.Module):
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
         self.split = r, n, n                                        # widths of dt, B and C
         self.eps = config.mixer_norm_eps
-        self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # see conv()
-        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, d)
+        self.x_proj = Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = Linear(r, d)
         # A = -exp(A_log) is negative, however training moves A_log. Fresh, A is -1, -2, ..., -n in
         # each channel: n numbers that fade at n speeds.
         self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
-        self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
+        self.out_proj = Linear(d, config.d_model, bias=config.bias)
 
     def forward(self, normed, past, h, reset):
         """normed (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
@@ -125,7 +151,8 @@ class Mixer(nn.Module):
         bias = self.conv1d.bias
         bias = weight.new_zeros(1) if bias is None else bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
-        past = window[:, l:].clone()        # a view would keep the whole window in memory
+        # A view would keep the whole window. One layout for all states, so compiled code fits them.
+        past = window[:, l:].clone(memory_format=torch.contiguous_format)
         if reset is not None:
             # Documents are numbered, and the past is 0. For k = 3, reset = [0, 1, 0] gives
             # [0, 0, 0, 1, 1]: two of the past, three tokens. So token 1 sees only itself.
@@ -149,7 +176,7 @@ class Mixer(nn.Module):
         # First the norm, then dt_proj, as in the reference. Its fused training kernel swaps them.
         dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
         weight = self.dt_proj.weight.to(x.dtype)    # FSDP keeps it in fp32 (train.py, shard)
-        return F.linear(dt.to(x.dtype), weight), B, C               # (b, l, d), (b, l, n) twice
+        return product(dt.to(x.dtype), weight), B, C                # (b, l, d), (b, l, n) twice
 
 class Block(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -184,7 +211,7 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         initialize(self)
@@ -222,20 +249,19 @@ class Mamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype | None = None,
-                        replace: Callable[[nn.Linear], nn.Module] | None = None) -> "Mamba":
+                        dtype: torch.dtype | None = None, quantize: bool = False) -> "Mamba":
         """Load a folder, or a Hugging Face hub id, which is downloaded first.
 
         Weights become `dtype`, or stay as stored if it is None: on a CPU in the mapped files,
         uncopied. A_log, D, the convolution and dt_proj's bias, small and exact, are always fp32.
-        `replace` is given each in_proj, x_proj and out_proj, and what it returns takes its place.
+        `quantize` makes an Int4Linear of each in_proj, x_proj and out_proj and of lm_head.
         ValueError, in one sentence, for what is missing, broken, or does not fit together.
         """
         folder = find(source)
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                                  # shapes without memory
             model = cls(config).eval()
-        tensors = read_tensors(folder)
+        tensors, places = read_tensors(folder)
         embeddings = tensors.get("backbone.embeddings.weight")
         if config.tie_embeddings:
             tensors.setdefault("lm_head.weight", embeddings)
@@ -253,14 +279,23 @@ class Mamba(nn.Module):
         dtype = dtype or embeddings.dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
         keep_fp32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
-        del tensors, embeddings     # so that `replace` lets go of each
-        for name in [name for name, _ in model.named_parameters()]:
+        names = [name for name, _ in model.named_parameters()]
+        for name in tqdm(names, "to 4 bits", disable=not quantize):
             p = model.get_parameter(name)
             kind = torch.float32 if name.endswith(keep_fp32) else dtype
-            p.data = p.data.to(device, kind, copy=replace is not None)
+            if not quantize:
+                p.data = p.data.to(device, kind)
+                continue
+            # What is read of a mapped file stays in memory. So each tensor is mapped by itself.
+            with safetensors.safe_open(folder / places[name], "pt") as file:
+                value = file.get_tensor(name)
             path = name.removesuffix(".weight")
-            if replace and path.endswith(("in_proj", "x_proj", "out_proj")):
-                model.set_submodule(path, replace(model.get_submodule(path)))
+            if (path.endswith(("in_proj", "x_proj", "out_proj", "lm_head"))
+                    and value.shape[1] % Int4Linear.GROUP == 0):
+                bias = model.get_submodule(path).bias
+                model.set_submodule(path, Int4Linear(value.to(device), bias))
+            else:
+                p.data = value.to(device, kind, copy=True)
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -269,6 +304,8 @@ class Mamba(nn.Module):
         `tensors`, from name to value, stand in for the model's own where those are sharded (FSDP)
         over GPUs. OSError if it fails, and then the files that were there are left as they were.
         """
+        if any(isinstance(module, Int4Linear) for module in self.modules()):
+            raise ValueError("a model in 4 bits cannot be saved; load it without quantize")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}
@@ -299,6 +336,92 @@ def initialize(model: Mamba) -> None:
         elif name.endswith(("in_proj.weight", "x_proj.weight", "embeddings.weight",
                             "lm_head.weight")):
             nn.init.normal_(p, std=model.config.initializer_range)
+
+# Four bits a weight. To write a token is to read all weights, and so they are a third of bf16's.
+
+class Int4Linear(nn.Module):
+    """A linear layer whose weight is kept in groups: 32 neighbours in a row.
+
+    Sixteen levels, evenly apart, reach from a group's least number to its greatest. Of each number
+    only the nearest level is kept, as a code from 0 to 15, and of the group, in bf16, the distance
+    of two levels and the level 8:
+
+        weight = (code - 8) scale + zero
+
+    So a number is off by up to half of `scale`. Of normally distributed ones 8 % are lost, in the
+    root mean square; groups of 64 would lose 9 %. PyTorch's kernels unpack as they multiply, take
+    bf16 and are made for few tokens. Those for CUDA are untried.
+    """
+    GROUP = 32
+    UNPACK_FROM = 96        # tokens: a CPU's kernel is slower from here on than unpack and a product
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features = len(weight)
+        self.bias = bias
+        packed = []
+        levels = []
+        for rows in weight.split(ROWS):
+            rows = F.pad(rows.float(), (0, 0, 0, -len(rows) % 64))  # a kernel's block has 64 rows
+            groups = rows.unflatten(1, (-1, self.GROUP))            # (rows, in / 32, 32)
+            low = groups.amin(-1, keepdim=True)
+            high = groups.amax(-1, keepdim=True)
+            scale = ((high - low) / 15).clamp(min=1e-9).bfloat16()
+            zero = (low + 8 * scale.float()).bfloat16()
+            codes = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
+            packed.append(pack(codes.view(rows.shape)))
+            levels.append(torch.cat([scale, zero], dim=-1))         # (rows, in / 32, 2)
+        levels = torch.cat(levels).transpose(0, 1).contiguous()     # (in / 32, out, 2)
+        self.packed = nn.Parameter(torch.cat(packed), requires_grad=False)
+        self.levels = nn.Parameter(levels, requires_grad=False)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)                                     # (b l, in)
+        if x.is_cuda:
+            multiply = torch.ops.aten._weight_int4pack_mm
+        else:
+            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        if x.is_cuda or len(rows) < self.UNPACK_FROM or not block_size():
+            y = multiply(rows.bfloat16().contiguous(), self.packed, self.GROUP, self.levels)
+        else:
+            rows = rows.float() if x.dtype in NO_UNITS else rows
+            pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
+            y = torch.cat([rows @ unpack(*piece, rows.dtype, block_size()) for piece in pieces], 1)
+        y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, as the device's kernel wants them."""
+    if codes.is_cuda:
+        pairs = 16 * codes[:, ::2] + codes[:, 1::2]
+        return torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+
+def unpack(packed: Tensor, levels: Tensor, dtype: torch.dtype, block: int) -> Tensor:
+    """Some rows of a weight, as a matrix (in, rows), from what an x86's kernel reads.
+
+    That is block by block, a byte for each column and each row of the block's first half. Its
+    lower four bits are that row's code, its upper four that of the row half a block further down.
+    """
+    groups, size, half = len(levels), Int4Linear.GROUP, block // 2
+    pairs = packed.view(-1, groups, size, half).permute(1, 2, 0, 3)         # (g, 32, blocks, half)
+    scale, zero = levels.movedim(-1, 0).to(dtype).reshape(2, groups, 1, -1, 2, half)
+    weight = torch.empty(groups, size, pairs.shape[2], 2, half, dtype=dtype)
+    for i, codes in enumerate([pairs & 15, pairs >> 4]):
+        codes = (codes.char() - 8).to(dtype)
+        torch.addcmul(zero[..., i, :], codes, scale[..., i, :], out=weight[..., i, :])
+    return weight.view(groups * size, -1)
+
+@functools.cache
+def block_size() -> int:
+    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it, as on ARM."""
+    row = torch.arange(64)[:, None]
+    codes = torch.cat([row % 16, row // 16], dim=1).repeat(1, 16)           # (64, 32)
+    levels = torch.tensor([1.0, 8.0]).repeat(1, 64, 1)                      # a weight is its code
+    for block in 64, 32:
+        if torch.equal(unpack(pack(codes), levels, torch.float32, block), codes.mT.float()):
+            return block
+    return 0
 
 # From here on: files, and what is wrong with them.
 
@@ -370,16 +493,17 @@ def find(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as e:          # the hub's client raises many kinds
         why = shorten(str(e), 200)
-        raise ValueError(f"{name!r:.200} is no folder here, nor a model from the hub ({why!r}); "
-                         "`python train.py` makes a model for `--model out`") from e
+        raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one, for "
+                         f"`--model out`; nor could it be downloaded ({why!r})") from e
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors in the folder's safetensors, one file or several with an index; only mapped."""
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in the folder's safetensors, one file or several, only mapped; each one's file."""
     index = folder / "model.safetensors.index.json"
     whole = folder / "model.safetensors"
     try:
         if whole.exists() or not index.exists():
             tensors = safetensors.torch.load_file(whole)
+            places = dict.fromkeys(tensors, whole.name)
         else:
             places = read_json(index)["weight_map"]                 # name -> file
             names = set(places.values())
@@ -393,7 +517,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name, v in tensors.items():
         if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
-    return tensors
+    return tensors, places
 
 def replace_file(new: Path, path: Path) -> None:
     """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""

@@ -198,7 +198,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     D = A.new_zeros(d) if D is None else D
     dt_bias = A.new_zeros(d) if dt_bias is None else dt_bias
     h0 = A.new_zeros(len(x), d, n) if h0 is None else h0
-    inputs = [None if v is None else v.float() for v in (x, dt, A, B, C, D, z, dt_bias, h0)]
+    inputs = [x, dt, A, B, C, D, z, dt_bias, h0]
+    inputs = [None if v is None else v.float().contiguous() for v in inputs]
     device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
     with torch.autocast(device, enabled=False):     # it would take the products in 16 bits
         y, h = BACKENDS[backend](*inputs, reset)

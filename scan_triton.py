@@ -45,7 +45,6 @@ LENGTHS = ["l", "since", "chunk", "chunks", "stretch"]
 STATES = ["A_ptr", "start_ptr", "h_ptr", "kept_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
-
 # What the kernels share.
 @triton.jit
 def softplus(v):
@@ -107,7 +106,6 @@ def load_forget(ptr, at, mask):
 def load_BC(ptr, row, j, rest, i, n):
     # Step j of a block of (b, l, n). Past the end the last one again: its factor is 0 there.
     return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
-
 
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
 # bool. z and reset may be None. BLOCK is the steps of a block.
@@ -226,7 +224,6 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
         y *= z * tl.sigmoid(z)
     tl.store(h_ptr + sequence * d * n + tile, h, inside)
     tl.store(y_ptr + sequence * d + c, y, c < d)
-
 
 # The backward. scan.py derives its formulas, above run_chunk, and has the same names:
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
@@ -363,7 +360,6 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
     tl.store(dA_ptr + k * n * d + tile, dA, inside)
     tl.store(dD_ptr + k * d + c, dD, c < d)
     tl.store(dbias_ptr + k * d + c, dbias, c < d)
-
 
 # What PyTorch sees: three operators that torch.compile does not look into. These come last in each.
 INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, "

@@ -1,20 +1,20 @@
 """Train a Falcon-Mamba with Falcon-Mamba's own recipe, on a laptop or on many GPUs. The last file.
 
-    python train.py                                 a small model of Python's standard library, into out/
+    python train.py                                 a small model of Python's standard library
     python sample.py --model out --prompt "def "    what it learned
     python train.py --resume                        after Ctrl-C or a power cut: go on
     python train.py --init-from tiiuae/falcon-mamba-7b-pre-decay --data mine/ --out tuned
 
-README.md has more. From top to bottom: the recipe, the data, the loss, many GPUs, the trainer, the
-command line. The recipe is that of the Falcon-Mamba report, arXiv 2410.05355, section 3. What was never
-published is marked "our choice", what we read only in summaries of the report "secondary".
+From top to bottom: the recipe, the data, the loss, many GPUs, the trainer, the command line. The
+recipe is that of the Falcon-Mamba report, arXiv 2410.05355, section 3. "Secondary" is what we read
+only in summaries of it, "our choice" what was never published.
 
-Learning rate, batch size, context length and the rows of each batch depend on the recipe, on the data and
-on the tokens trained on so far, and on nothing else. So the loss curve is the same on one GPU or on eight,
-and with or without an interruption.
+Learning rate, batch size, context length and the rows of each batch depend on the recipe, the data
+and the tokens trained on so far, and on nothing else. So the loss curve is the same on one GPU or on
+eight, and with or without an interruption. A row is a stretch of text that the model sees at once, a
+step one update of the weights, a rank one of the processes that train together.
 
-A row is a stretch of text that the model sees at once. A step is one update of the weights. A rank is one
-of the processes that train together. Sizes in the shape comments: b batch, l length, m d_model.
+Sizes in the shape comments: b batch, l length, m d_model.
 """
 import argparse
 import json
@@ -29,7 +29,7 @@ import sysconfig
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -45,13 +45,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scan
 from mamba import Mamba, MambaConfig, find, read_json, replace_file
-from sample import device, end_tokens, number, read_tokenizer, vocabulary
+from sample import device, number       # these two are types for argparse
+from sample import end_tokens, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,14 +68,10 @@ class Stage:
     context: int        # tokens per row
     mixture: str        # each source's share of the rows, as "web:9 code:1"
 
-def flag(default, help, low=0, high=2**60, **more):
-    """A field that is also a flag on the command line; `more` goes to argparse."""
-    if isinstance(default, bool):
-        more["action"] = argparse.BooleanOptionalAction
-    elif isinstance(default, int | float):
-        more["type"] = number(type(default), low, high)
-    shown = "" if default is False or default in (None, "") else f" (default {default})"
-    return field(default=default, metadata={"help": help + shown} | more)
+def flag(default, help, low=0, high=2**60):
+    """A field that is also a flag on the command line."""
+    kind = number(type(default), low, high)
+    return field(default=default, metadata={"help": f"{help} (default {default})", "type": kind})
 
 @dataclass(frozen=True)
 class Recipe:
@@ -81,29 +79,31 @@ class Recipe:
     total_tokens: int = flag(1_000_000, "length of the run; the next three scale with it", 1)
     warmup_tokens: int = flag(30_000, "over these the learning rate rises from 0")
     ramp_tokens: int = flag(150_000, "over these the batch grows from its first size to its last")
-    decay_tokens: int = flag(300_000, "over these, the last of the run, the learning rate decays")
+    decay_tokens: int = flag(300_000, "over these, the last, the learning rate decays")
     batch_start: int = flag(2, "rows in the first batch", 1, 2**20)
     batch_end: int = flag(8, "rows in a batch after the ramp", 1, 2**20)
     lr: float = flag(4e-3, "peak learning rate, for a batch of --lr-batch rows")
-    lr_batch: int = flag(8, "rows for which --lr is meant", 1, 2**20)
+    lr_batch: int = flag(8, "rows for which --lr is meant; --batch-end if --lr is given", 1, 2**20)
     decay_factor: float = flag(256.0, "the decay divides the learning rate by this", 1)
     weight_decay: float = flag(0.1, "AdamW's, for matrices only")
     beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
     beta2: float = flag(0.95, "AdamW's", 0, 0.9999999)
     clip: float = flag(1.0, "largest norm of the gradient")
-    seed: int = flag(0, "of fresh weights and of the order of the data")
-    init_from: str = flag("", "folder or hub id of a model to start from (else fresh weights)")
+    seed: int = flag(0, "of fresh weights and of the order of the rows")
+    init_from: str | None = field(default=None, metadata={
+        "help": "folder or hub id of a model to start from (default: fresh weights)"})
     stages: tuple[Stage, ...] = (Stage(0, 256, "text:1"),)
 
     def __post_init__(self):
-        before = max(self.warmup_tokens, self.ramp_tokens)
-        if before + self.decay_tokens > self.total_tokens:
-            raise ValueError(f"--total-tokens {self.total_tokens} has no room for {before} --warmup-tokens "
+        rise = max(self.warmup_tokens, self.ramp_tokens)        # both begin with the run
+        if rise + self.decay_tokens > self.total_tokens:
+            raise ValueError(f"--total-tokens {self.total_tokens} has no room for {rise} --warmup-tokens "
                              f"or --ramp-tokens and then {self.decay_tokens} --decay-tokens")
         for stage in self.stages:
             shares(stage.mixture)       # raises ValueError if it cannot be read
             if self.longest % stage.context != 0:
-                raise ValueError(f"a context of {stage.context} tokens does not divide the longest, {self.longest}")
+                raise ValueError(f"a context of {stage.context} tokens does not divide the longest, "
+                                 f"{self.longest}")
 
     @property
     def longest(self) -> int:
@@ -114,8 +114,8 @@ def shares(mixture: str) -> dict[str, float]:
     parts = re.findall(r"(\S+):(\d+\.?\d*|\.\d+)(?:\s+|$)", mixture)
     weights = {name: float(weight) for name, weight in parts}
     total = sum(weights.values())
-    if len(weights) < len(mixture.split()) or total == 0:
-        raise ValueError(f"--mixture is {mixture!r:.200}, but must be like 'web:9 code:1', each source once")
+    if total == 0 or len(weights) < len(mixture.split()):       # one is unreadable, or comes twice
+        raise ValueError(f"--mixture {mixture!r:.200} must be like 'web:9 code:1', each source once")
     return {name: weight / total for name, weight in weights.items()}
 
 def stage_at(recipe: Recipe, tokens: int) -> Stage:
@@ -125,19 +125,18 @@ def context_length(recipe: Recipe, tokens: int) -> int:
     """Tokens per row of the batch that starts after `tokens` tokens."""
     return stage_at(recipe, tokens).context
 
+def batch_size(recipe: Recipe, tokens: int) -> int:
+    growth = recipe.batch_end - recipe.batch_start
+    return round(recipe.batch_start + growth * progress(tokens, recipe.ramp_tokens))
+
 def progress(tokens: int, length: int) -> float:
     """How much of the first `length` tokens is done, from 0 to 1."""
     return min(tokens / length, 1.0) if length > 0 else 1.0
 
-def batch_size(recipe: Recipe, tokens: int) -> int:
-    """Rows in the batch that starts after `tokens` tokens."""
-    growth = recipe.batch_end - recipe.batch_start
-    return round(recipe.batch_start + growth * progress(tokens, recipe.ramp_tokens))
-
 def learning_rate(recipe: Recipe, tokens: int) -> float:
     """Warmup, stable, decay. The rate grows with sqrt(batch), which the report calls BatchScaling.
 
-    Adam's step is about as long as the rate, whatever the batch, and its noise falls with sqrt(batch). So
+    The length of Adam's step is set by the rate alone, and its noise falls with sqrt(batch). So
     rate / sqrt(batch), the report's "noise temperature", stays constant while the batch grows.
     """
     rate = recipe.lr * math.sqrt(batch_size(recipe, tokens) / recipe.lr_batch)
@@ -148,16 +147,15 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
     return rate
 
 def scaled(recipe: Recipe, total: int, given: dict) -> Recipe:
-    """The recipe over `total` tokens: each phase and stage keeps its share. `given` fields are then set."""
-    def scale(tokens: int) -> int:
-        return tokens * total // recipe.total_tokens
-
-    longer = {"total_tokens": total, "warmup_tokens": scale(recipe.warmup_tokens),
-              "ramp_tokens": scale(recipe.ramp_tokens), "decay_tokens": scale(recipe.decay_tokens),
-              "stages": tuple(replace(stage, start=scale(stage.start)) for stage in recipe.stages)}
-    recipe = replace(recipe, **longer | given)
+    """The recipe over `total` tokens: each phase and stage keeps its share. Then `given` is set."""
+    lengths = {"total_tokens": total}
+    for name in "warmup_tokens", "ramp_tokens", "decay_tokens":
+        lengths[name] = getattr(recipe, name) * total // recipe.total_tokens
+    stages = tuple(replace(stage, start=stage.start * total // recipe.total_tokens)
+                   for stage in recipe.stages)
+    recipe = replace(recipe, stages=stages, **lengths | given)
     if "lr" in given and "lr_batch" not in given:
-        recipe = replace(recipe, lr_batch=recipe.batch_end)     # --lr is then the peak itself
+        recipe = replace(recipe, lr_batch=recipe.batch_end)     # --lr is then the peak of this run
     return recipe
 
 FALCON = Recipe(
@@ -166,23 +164,24 @@ FALCON = Recipe(
     ramp_tokens=50 * GT,                # report; that the batch grows linearly is secondary
     batch_start=128, batch_end=2048,    # report
     lr=6.4e-4, lr_batch=2048,           # report and model card
-    decay_tokens=500 * GT,              # report: exponential decay over 500 GT ...
+    decay_tokens=500 * GT,              # report: exponential decay ...
     decay_factor=256.0,                 # ... to lr / 256 = 2.5e-6
     weight_decay=0.1,                   # model card
     beta1=0.9, beta2=0.95,              # secondary
     clip=1.0,                           # our choice
-    # Report: the context grows from 2048 to 8192, and technical text, code and mathematics follow the
-    # web's. Secondary: four stages at a constant rate, then the decay, which adds FineWeb-Edu, synthetic
-    # text and instructions. Our choice: where a stage starts, all shares, and 4096 in between.
+    # Report: the context grows from 2048 to 8192, and technical text, code and mathematics follow
+    # the web's. Secondary: four stages at a constant rate, then the decay, which adds FineWeb-Edu,
+    # synthetic text and instructions. Our choice: where a stage starts, all shares, and 4096.
     stages=(Stage(0, 2048, "refinedweb:90 technical:4 code:4 math:2"),
             Stage(2000 * GT, 4096, "refinedweb:82 technical:7 code:7 math:4"),
             Stage(3500 * GT, 8192, "refinedweb:78 technical:9 code:8 math:5"),
             Stage(4500 * GT, 8192, "refinedweb:70 technical:11 code:12 math:7"),
             Stage(5000 * GT, 8192, "refinedweb:45 finewebedu:25 technical:10 code:12 math:8")))
-# The pre-decay checkpoint is the model before that decay. Its optimizer's state was not published, so the
-# rate must warm up again: over 2 GT, our choice.
+# The pre-decay checkpoint is the model before that decay. Its optimizer's state was not published,
+# so the rate must warm up again: over 2 GT, our choice.
 CONTINUE = replace(FALCON, init_from="tiiuae/falcon-mamba-7b-pre-decay", total_tokens=502 * GT,
-                   warmup_tokens=2 * GT, ramp_tokens=0, stages=(replace(FALCON.stages[-1], start=0),))
+                   warmup_tokens=2 * GT, ramp_tokens=0,
+                   stages=(replace(FALCON.stages[-1], start=0),))
 RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": FALCON, "continue": CONTINUE}
 # Sizes of a fresh small model, our choice. The published 0.1 of fresh weights suits the 7B's width.
 TINY = {"d_model": 128, "n_layer": 4, "initializer_range": 0.02}
@@ -192,17 +191,18 @@ TINY = {"d_model": 128, "n_layer": 4, "initializer_range": 0.02}
 # tokenizer.json that made it.
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, which ByteLevel writes as a visible character; token 256 ends a document."""
+    """One token a byte, which ByteLevel writes as a visible character; 256 ends a document."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     return tokenizer
 
 def end_of_document(tokenizer: Tokenizer, model: Path | None) -> int:
-    """The token that closes a document, by its usual names, or the one at which the model ends."""
-    for name in ("<|endoftext|>", "<|end_of_text|>", "</s>"):
+    """The token that closes a document, by its usual names, or else the first that ends a text."""
+    for name in "<|endoftext|>", "<|end_of_text|>", "</s>":
         if tokenizer.token_to_id(name) is not None:
             return tokenizer.token_to_id(name)
     ends = end_tokens(model, tokenizer) if model else []
@@ -213,57 +213,51 @@ def end_of_document(tokenizer: Tokenizer, model: Path | None) -> int:
 def standard_library() -> list[Path]:
     """The sources of Python's standard library: text that every reader of this file has."""
     root = Path(sysconfig.get_path("stdlib"))
-    others = {"site-packages", "test", "tests", "encodings", "pydoc_data"}      # the last two are tables
-    return [path for path in sorted(root.rglob("*.py")) if not others & {*path.relative_to(root).parts}]
+    others = {"site-packages", "test", "tests", "encodings", "pydoc_data"}      # the last two: tables
+    files = sorted(root.rglob("*.py"))
+    return [file for file in files if not others & {*file.relative_to(root).parts}]
 
 def named_paths(texts: list[str]) -> dict[str, list[Path]]:
-    """Source -> its paths, from --data: each text is name=path, or a path of the source "text"."""
+    """Source -> its paths. Each text is name=path, or a path of the source "text"."""
     paths = defaultdict(list)
     for text in texts:
         name, equals, path = text.partition("=")
-        if Path(text).exists() or not equals:
-            name, path = "text", text
+        if not equals or Path(text).exists():
+            name = "text"
+            path = text
         if not path or not Path(path).exists():         # Path("") is the folder that we are in
-            raise ValueError(f"there is no {path or repr(path)}, which --data names; it takes name=path, and "
-                             "--mixture takes the shares")
-        if Path(path).suffix == ".bin":
-            raise ValueError(f"{path} does not say which tokenizer made it; --tokenize-to writes a folder that does")
+            raise ValueError(f"there is no {path!r}; --data takes a path, or name=path")
         paths[name].append(Path(path))
     return paths or {"text": standard_library()}
 
 def text_files(paths: list[Path]) -> list[Path]:
-    """These files, and the files in these folders that are not hidden, in a shuffled order."""
+    """These files, and all in these folders that are not hidden, always in one shuffled order."""
     files = []
     for path in paths:
-        for inside in [path, *sorted(path.rglob("*"))]:
-            hidden = any(part.startswith(".") for part in inside.relative_to(path).parts)
-            if inside.name == "tokens.bin":
-                raise ValueError(f"{inside.parent} is a corpus, not text; make it a source of its own")
-            if inside.is_file() and not hidden:
-                files.append(inside)
+        for file in [path, *sorted(path.rglob("*"))]:
+            if file.name == "tokens.bin" or path.suffix == ".bin":
+                raise ValueError(f"{file} holds tokens, not text; name the folder that --tokenize-to "
+                                 "wrote, as a source of its own")
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file() and not hidden:
+                files.append(file)
     return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
 
-def text_pieces(path: Path) -> Iterator[str]:
-    """A file's text, in pieces that are small, however long its lines are."""
-    with path.open(encoding="utf-8", newline="") as file:           # keeps "\r\n"
-        piece = file.read(2**18)
-        while piece:
-            yield piece + file.readline(2**12)      # up to a line's end if possible, to cut no word
-            piece = file.read(2**18)
-
-def tokenized(paths: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.ndarray]:
-    """The tokens of all this text, piece by piece, with `end` after each file."""
-    tokenizer.encode_special_tokens = True          # a text that spells <|endoftext|> does not end there
+def tokenized(files: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.ndarray]:
+    """The tokens of these files, piece by piece, with `end` after each file."""
+    tokenizer.encode_special_tokens = True      # a text that spells <|endoftext|> does not end there
     dtype = token_dtype(tokenizer)
-    files = text_files(paths)
-    hidden = True if rank() > 0 else None           # None: shown on a terminal only
-    for path in tqdm(files, desc="reading", unit="file", delay=2, disable=hidden):
+    quiet = rank() > 0 or None                  # None: a bar if this is a terminal
+    for path in tqdm(files, desc="reading", unit="file", delay=2, disable=quiet):
         count = 0
         try:
-            for piece in text_pieces(path):
-                encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
-                yield np.array(encoding.ids, dtype)
-                count += len(encoding.ids)
+            with path.open(encoding="utf-8", newline="") as file:       # newline="" keeps "\r\n"
+                # Lines may be endless, so pieces are not lines. They end with one where they can.
+                while piece := file.read(2**18) + file.readline(2**12):
+                    # Only the batch has a fast variant, which does not ask where a token stands.
+                    [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+                    yield np.array(encoding.ids, dtype)
+                    count += len(encoding.ids)
         except UnicodeDecodeError:
             print(f"skipping {path} from where it is not UTF-8 text", file=sys.stderr)
         if count > 0:
@@ -272,37 +266,34 @@ def tokenized(paths: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32)
 
-def tokenize_to(folder: Path, paths: list[Path], tokenizer: Tokenizer, end: int) -> None:
+def tokenize_to(folder: Path, files: list[Path], tokenizer: Tokenizer, end: int) -> None:
     """Write a corpus, whose tokens training maps into memory."""
     if folder.exists():
         raise ValueError(f"--tokenize-to {folder} exists already; remove it, or name another folder")
     unfinished = folder.with_name(folder.name + ".partial")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(unfinished / "tokenizer.json"))
     count = 0
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(unfinished / "tokenizer.json"))
-        with (unfinished / "tokens.bin").open("wb") as file:
-            for part in tokenized(paths, tokenizer, end):
-                file.write(part.tobytes())
-                count += len(part)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)   # after an error or Ctrl-C
+    with (unfinished / "tokens.bin").open("wb") as file:
+        for part in tokenized(files, tokenizer, end):
+            file.write(part.tobytes())
+            count += len(part)
+    unfinished.rename(folder)
     print(f"{folder}: {count:,} tokens")
 
 def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
     """Map a corpus into memory. ValueError if another tokenizer than the model's made it."""
-    other = read_tokenizer(folder / "tokenizer.json")
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"the corpus {folder} is of another tokenizer, of {vocabulary(other)} tokens, than "
-                         f"the model, of {vocabulary(tokenizer)}; make it again with the model's --tokenizer")
-    dtype = token_dtype(tokenizer)
+    if read_tokenizer(folder / "tokenizer.json").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{folder} is of another tokenizer; make it again with the model's --tokenizer")
     file = folder / "tokens.bin"
-    count = file.stat().st_size // dtype.itemsize
-    tokens = np.memmap(file, dtype, "r", shape=count) if count else np.zeros(1, dtype)
-    # It ends with a document and one `end`. A file that was cut, or of numbers of another width, does not.
-    if file.stat().st_size != tokens.nbytes or tokens[-1] != end or tokens[-2:].tolist() == [end, end]:
-        raise ValueError(f"{file} does not end like {dtype} tokens with one {end}; make it again with --tokenize-to")
+    dtype = token_dtype(tokenizer)
+    size = file.stat().st_size
+    count = size // dtype.itemsize
+    tokens = np.memmap(file, dtype, "r", shape=count) if count > 0 else np.zeros(0, dtype)
+    # It ends with a document and one `end`. A file that was cut, or of wider numbers, does not.
+    is_end = (tokens[-2:] == end).tolist()
+    if tokens.nbytes != size or is_end != [False, True]:
+        raise ValueError(f"{file} does not end like {dtype} tokens with one {end}; make it again")
     return tokens
 
 @dataclass
@@ -312,19 +303,20 @@ class Source:
     training: np.ndarray
 
     def row(self, position: int, context: int, longest: int, seed: int) -> np.ndarray:
-        """The row, and its last target, at this position of the order in which the source is read.
+        """The `context` + 1 tokens at this position of the order in which the source is read.
 
-        The text is cut into pieces of the longest context. They are visited in strides of about 0.6 of
-        their number, so that neighbours in time lie far apart. The stride and that number have no common
-        factor, so all pieces are read before any is read again. Returns (context + 1,).
+        The text is cut into pieces of the longest context. They are visited in strides of about 0.6
+        of their number, so that neighbours in time lie far apart. The stride and that number have no
+        common factor, so all pieces are read before any is read again.
         """
-        pieces = (len(self.training) - 1) // longest
+        pieces = (len(self.training) - 1) // longest        # a row's last target is one token more
         stride = max(1, round(0.618 * pieces))
         while math.gcd(stride, pieces) > 1:
             stride += 1
-        visited, inside = divmod(position, longest)
         first = int(np.random.default_rng(seed).integers(pieces))
-        start = (first + visited * stride) % pieces * longest + inside
+        visited, inside = divmod(position, longest)
+        piece = (first + visited * stride) % pieces
+        start = piece * longest + inside
         return self.training[start:start + context + 1]
 
 def read_source(paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
@@ -332,9 +324,10 @@ def read_source(paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
     if len(paths) == 1 and (paths[0] / "tokens.bin").exists():
         tokens = read_corpus(paths[0], tokenizer, end)
     else:
-        tokens = np.concatenate([*tokenized(paths, tokenizer, end)] or [np.zeros(0, int)])
-    # A twentieth, at most a million tokens, and the rest of its last document if that is near. It depends
-    # on the tokens alone, so that no run trains on what another evaluates.
+        parts = [*tokenized(text_files(paths), tokenizer, end)]
+        tokens = np.concatenate(parts or [np.zeros(0, int)])
+    # A twentieth, at most a million tokens, and the rest of its last document if that is near. It
+    # depends on the tokens alone, so that no run trains on what another evaluates.
     cut = min(len(tokens) // 20, 2**20)
     ends = np.flatnonzero(tokens[cut:2 * cut] == end)
     if len(ends) > 0:
@@ -343,10 +336,7 @@ def read_source(paths: list[Path], tokenizer: Tokenizer, end: int) -> Source:
 
 def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
                 positions: dict[str, int]) -> list[np.ndarray]:
-    """The rows of the batch that starts after `tokens` tokens.
-
-    `positions` says how far each source has been read, in tokens, and is moved on.
-    """
+    """The rows of a batch. Moves `positions` on: how far each source has been read, in tokens."""
     stage = stage_at(recipe, tokens)
     share = shares(stage.mixture)
     generator = np.random.default_rng((recipe.seed, tokens))
@@ -358,27 +348,10 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
         positions[name] = position + stage.context
     return rows
 
-def fitted(recipe: Recipe, sources: dict[str, Source], given: dict, any_context: bool) -> Recipe:
-    """The recipe for continuing, in the size of the data, but for what the command line gives.
-
-    The run is one epoch. It takes at least 200 steps, and the held-out text has at least eight rows: with
-    little text rows are shorter, a batch has fewer, and the rate follows. These numbers are our choice.
-    """
-    stage = recipe.stages[0]
-    shortest = min(len(source.held_out) for source in sources.values())
-    while any_context and stage.context > 64 and stage.context * 8 >= shortest:
-        stage = replace(stage, context=stage.context // 2)
-    share = shares(stage.mixture)
-    lengths = [len(sources[name].training) / share[name] for name in share if share[name] > 0]
-    total = given.get("total_tokens", int(min(lengths)))
-    rows = max(1, total // (200 * stage.context))
-    batch = {"batch_end": min(rows, recipe.batch_end)}
-    return scaled(replace(recipe, stages=(stage,)), total, batch | given)
-
 
 # The loss
 
-# Activation checkpointing: only a function's arguments are kept, and the backward pass runs it again.
+# Activation checkpointing: only a function's arguments are kept. The backward pass runs it again.
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 class Objective(nn.Module):
@@ -392,8 +365,8 @@ class Objective(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """The sum of -log p over all tokens of rows (b, l + 1) but each first one, in nats.
 
-        Targets of -100 are padding. The logits are made for 1024 tokens at a time, and once more for the
-        backward pass. All at once they would be the largest tensor: 2 GB for one row of the 7B.
+        cross_entropy ignores targets of -100, which are padding. The logits are made for 1024 tokens
+        at a time, and again for the backward pass: all of them are 2 GB for one row of the 7B.
         """
         tokens = rows[:, :-1].clamp(min=0)                              # (b, l)
         targets = rows[:, 1:]                                           # (b, l)
@@ -427,8 +400,8 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers a block's as it runs.
 
     The large products are gathered and multiplied in `dtype`. The rest of a block is small and stays
-    fp32. The rounding of A_log would be raised to the power of thousands of steps, and that of dt_proj's
-    bias, about -7, would change a token's delta by 1 %.
+    fp32. The rounding of A_log would be raised to the power of thousands of steps, and that of
+    dt_proj's bias, about -7, would change a token's delta by 1 %.
     """
     options = {"mesh": init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
@@ -439,15 +412,17 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
         fully_shard(block, **options)                               # the rest of the block
     fully_shard(objective, mp_policy=policy, **options)             # embeddings, last norm, lm_head
 
-def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
+def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
     """The objective on this rank's device, with the weights of `whole`, which only rank 0 has.
 
-    With several ranks, no other one and no GPU ever holds all of it: weights travel tensor by tensor.
+    With several ranks, no other one and no GPU ever holds all of it: weights travel one by one.
     """
-    with torch.device("meta"):                                  # shapes without memory
-        model = Mamba(config) if dist.is_initialized() else whole
+    model = whole
+    if dist.is_initialized():
+        with torch.device("meta"):                                  # shapes without memory
+            model = Mamba(config)
     objective = Objective(model, end)
-    if args.compile:    # the CPU's loop over time would be unrolled: minutes to compile, and no faster
+    if args.compile:    # the CPU's loop over time would be unrolled: minutes to compile, no faster
         scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
     for block in model.backbone.layers:
         if args.compile:
@@ -468,10 +443,7 @@ def build(args: "Options", config: MambaConfig, end: int, whole: Mamba | None) -
 # The trainer
 
 def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear and embedding layers only.
-
-    The others are rates and scales, which need not be near 0: A_log, D, convolution, biases, norms.
-    """
+    """AdamW. Only matrices decay: A_log, D, convolution, biases and norms need not be near 0."""
     matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     decayed = [p for p in model.parameters() if p in matrices]
     others = [p for p in model.parameters() if p not in matrices]
@@ -482,31 +454,31 @@ def optimizer(model: Mamba, recipe: Recipe) -> torch.optim.AdamW:
 @dataclass
 class Trainer:
     """A model, its optimizer and its data, and how far training has come."""
-    args: "Options"
+    args: argparse.Namespace
     recipe: Recipe
     objective: Objective
     tokenizer: Tokenizer
     sources: dict[str, Source]
-    export_dtype: torch.dtype = torch.float32
+    export_dtype: torch.dtype | None = torch.float32        # None on other ranks than 0
     step: int = 0
     tokens: int = 0
 
     def __post_init__(self):
         self.model = self.objective.model
         self.adam = optimizer(self.model, self.recipe)
-        self.positions = dict.fromkeys(self.sources, 0)         # how far each source has been read
+        self.positions = dict.fromkeys(self.sources, 0)     # how far each source has been read
 
     def passes(self, rows: list[np.ndarray]) -> tuple[Tensor, ...]:
         """This rank's share of the rows, at most --micro-batch at a time: tensors (b, l + 1).
 
-        All ranks make the same number of passes. Missing rows are filled with -100.
+        All ranks make the same number of passes. A missing row is one of -100.
         """
         mine = np.full((math.ceil(len(rows) / world_size()), len(rows[0])), -100)
         for i, row in enumerate(rows[rank()::world_size()]):
             mine[i] = row
-        if mine.max() >= self.model.config.vocab_size:
-            raise ValueError(f"the data holds token {mine.max()}, but the model's vocabulary has only "
-                             f"{self.model.config.vocab_size}: another tokenizer made it")
+        size = self.model.config.vocab_size
+        if mine.max() >= size:
+            raise ValueError(f"the data has token {mine.max()}, but the model knows only {size} tokens")
         return torch.from_numpy(mine).split(self.args.micro_batch)
 
     def update(self) -> dict:
@@ -518,7 +490,7 @@ class Trainer:
         nats = torch.zeros((), device=self.args.device)
         passes = self.passes(rows)
         for part in passes:
-            if dist.is_initialized():       # gradients add up on each rank, and travel after the last pass
+            if dist.is_initialized():   # gradients add up on each rank, and travel after the last
                 self.objective.set_requires_gradient_sync(part is passes[-1])
             loss = self.objective(part.to(self.args.device))
             (loss * world_size() / count).backward()        # FSDP takes the mean over ranks
@@ -529,16 +501,16 @@ class Trainer:
         self.step += 1
         self.tokens += count
         if not math.isfinite(loss + norm):
-            raise ValueError(f"the loss, {loss}, or the norm of its gradient, {norm}, is not finite at step "
-                             f"{self.step}; start again with a lower --lr, or go on from the model saved "
-                             "last with --init-from")
-        rate = learning_rate(self.recipe, self.tokens)      # at the step's end: at its start it may be 0
+            raise ValueError(f"the loss, {loss}, or its gradient's norm, {norm}, is not finite at step "
+                             f"{self.step}; begin again with a lower --lr")
+        rate = learning_rate(self.recipe, self.tokens)      # at the step's end: at first it is 0
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
         self.adam.zero_grad()
-        return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": rate, "batch_size": len(rows),
-                "context": context, "grad_norm": norm, "tokens_per_s": count / (time.perf_counter() - begin)}
+        return {"step": self.step, "tokens": self.tokens, "loss": loss, "lr": rate,
+                "batch_size": len(rows), "context": context, "grad_norm": norm,
+                "tokens_per_s": count / (time.perf_counter() - begin)}
 
     @torch.no_grad()
     def held_out(self, context: int) -> dict[str, tuple[float, float]]:
@@ -548,15 +520,15 @@ class Trainer:
             starts = range(0, len(source.held_out) - context, context)
             starts = starts[::math.ceil(len(starts) / 128)]         # spread evenly
             rows = [source.held_out[start:start + context + 1] for start in starts]
-            nats = sum(self.objective(part.to(self.args.device)).item() for part in self.passes(rows))
-            nats = over_ranks(nats)
-            # A row's ends may cut a character. What is left of it, about a byte, is shown as U+FFFD.
-            texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows])
-            size = sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
+            passes = [part.to(self.args.device) for part in self.passes(rows)]
+            nats = over_ranks(sum(self.objective(part).item() for part in passes))
             per_token = nats / (len(rows) * context)
             if not per_token < 700:                 # e^710, as a perplexity, overflows
-                raise ValueError(f"the held-out loss on {name} is {per_token} nats a token: the weights are "
-                                 "damaged, or --lr was too high")
+                raise ValueError(f"the held-out loss on {name} is {per_token}: the weights are damaged, "
+                                 "or --lr was too high")
+            # A row's ends may cut a character. What is left, about a byte, is shown as U+FFFD.
+            texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows])
+            size = sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
             losses[name] = per_token, nats / math.log(2) / max(size, 1)
         return losses
 
@@ -564,51 +536,53 @@ class Trainer:
         """What a checkpoint and the run that goes on from it must agree on."""
         lengths = {name: len(source.training) for name, source in self.sources.items()}
         everything = asdict(self.recipe) | asdict(self.model.config) | {"data": lengths}
-        return json.loads(json.dumps(everything))       # as it is read again: tuples have become lists
+        return json.loads(json.dumps(everything))       # as a file gives it: tuples become lists
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that steps change: the weights, and Adam's averages and counts."""
+        """All tensors that steps change: the weights, a tied one once, and Adam's averages."""
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         weights, adam = get_state_dict(self.model, self.adam, options=flat)
         tensors = {name: value for name, value in adam.items() if isinstance(value, Tensor)}
-        return tensors | {name: weights[name] for name, _ in self.model.named_parameters()}     # a tied one once
+        return tensors | {name: weights[name] for name, _ in self.model.named_parameters()}
 
     def save(self) -> None:
         """Write a checkpoint, to which every rank adds its part.
 
-        In safetensors: PyTorch's default is a pickle, and reading a pickle can run any code. The folder
-        gets its name once all is written, so half a checkpoint never has one.
+        In safetensors: PyTorch's default is a pickle, and reading a pickle can run any code. The
+        folder gets its name once all is written, so half a checkpoint never has one.
         """
         folder = self.args.out / "checkpoints" / f"step-{self.step:09}"
         unfinished = folder.with_suffix(".partial")
-        dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(unfinished, save_distributed=True))
-        if rank() == 0:                             # dcp.save ends when all ranks have written
-            run = {"settings": self.settings(), "tokens": self.tokens, "positions": self.positions}
+        writer = dcp.HuggingFaceStorageWriter(unfinished, save_distributed=True)
+        dcp.save(self.state(), storage_writer=writer)       # ends when all ranks have written
+        if rank() == 0:
+            run = self.settings() | {"tokens": self.tokens, "positions": self.positions}
             write_file(unfinished / "run.json", json.dumps(run, indent=1).encode())
             unfinished.rename(folder)
             for old in checkpoints(self.args.out)[:-self.args.keep]:
-                shutil.rmtree(old.rename(old.with_suffix(".partial")))      # half of it has no such name
+                gone = old.rename(old.with_suffix(".partial"))      # or half of it had such a name
+                shutil.rmtree(gone)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. ValueError if it is of another recipe, model or corpus."""
         run = read_json(folder / "run.json")
-        counts = [run.get("tokens"), *dict(run.get("positions") or {}).values()]
-        if "settings" not in run or any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"{folder}/run.json is damaged; remove that folder to go on from the one before it")
         for name, now in self.settings().items():
-            before = dict(run["settings"]).get(name)
-            if before != now:
-                raise ValueError(f"{folder} has {name} {before!r:.80}, this command {now!r:.80}; repeat the "
-                                 "command that began the run, or begin another with --out")
+            if run.get(name) != now:
+                raise ValueError(f"{folder}/run.json has {name} {run.get(name)!r:.80}, this command "
+                                 f"{now!r:.80}; repeat the first command, or name another --out")
+        positions = run.get("positions")
+        counts = [run.get("tokens"), *positions.values()] if isinstance(positions, dict) else [None]
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"{folder}/run.json is damaged; remove that folder to go on from another")
         dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder))     # in place
         self.step = int(folder.name.removeprefix("step-"))
         self.tokens = run["tokens"]
-        self.positions |= run["positions"]
+        self.positions |= positions
 
     def export(self) -> None:
         """Write the model as it is published: gathered on rank 0, into one file."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered = get_model_state_dict(self.model, options=whole)      # all ranks give, rank 0 gets
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_model_state_dict(self.model, options=options)    # all give, rank 0 gets
         if rank() == 0:
             weights = {}
             for name, _ in self.model.named_parameters():               # a tied tensor once
@@ -625,7 +599,7 @@ def write_file(path: Path, content: bytes) -> None:
     replace_file(unfinished, path)
 
 def prepare(out: Path, steps: int) -> None:
-    """Make the folder of a run that has done `steps` steps, without what a killed run did beyond them."""
+    """Make the folder of a run, without what a killed run did beyond these steps."""
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     for unfinished in (out / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished)
@@ -634,37 +608,40 @@ def prepare(out: Path, steps: int) -> None:
     write_file(metrics, b"".join(row for row in rows[:steps] if row.endswith(b"\n")))
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer, end: int, source: Path | None) -> None:
-    """The files with which other programs make our tokens, and end a text where we do.
-
-    `source` is the model to start from, if its tokenizer is in use. What lies there is carried along.
-    """
+    """The files by which others make our tokens and end a text where we do, or those of `source`."""
     word = tokenizer.id_to_token(end)
     config = {"tokenizer_class": "PreTrainedTokenizerFast",         # that is tokenizer.json, unchanged
               "bos_token": word, "eos_token": word, "pad_token": word,
-              "padding_side": "left",                               # because new tokens come on the right
+              "padding_side": "left",                   # because new tokens come on the right
               "model_input_names": ["input_ids", "attention_mask"]}
     generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    write_file(out / "tokenizer.json", tokenizer.to_str().encode())
-    write_file(out / "tokenizer_config.json", json.dumps(config, indent=1).encode())
+    files = {"tokenizer.json": tokenizer.to_str().encode(),
+             "tokenizer_config.json": json.dumps(config, indent=1).encode()}
     if source:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        for name in [*files, "special_tokens_map.json", "chat_template.jinja"]:
             if (source / name).exists():
-                write_file(out / name, (source / name).read_bytes())
+                files[name] = (source / name).read_bytes()
         if (source / "generation_config.json").exists():
             generation = read_json(source / "generation_config.json")
-        generation["eos_token_id"] = end_tokens(source, tokenizer)  # the pre-decay model's 0 ends no text
-    write_file(out / "generation_config.json", json.dumps(generation, indent=1).encode())
+        generation["eos_token_id"] = end_tokens(source, tokenizer)
+    files["generation_config.json"] = json.dumps(generation, indent=1).encode()
+    for name, content in files.items():
+        write_file(out / name, content)
 
 def train(trainer: Trainer) -> bool:
     """Train to the recipe's end, or until Ctrl-C or SIGTERM. Returns whether it is the end."""
-    from tests.plan import utilization
+    from tests.plan import count_steps, utilization
     args = trainer.args
-    total = trainer.recipe.total_tokens
+    recipe = trainer.recipe
+    total = recipe.total_tokens
+    peak = learning_rate(recipe, total - recipe.decay_tokens)
+    print(f"{recipe}\n{total:,} tokens in {count_steps(recipe):,} steps of up to {recipe.batch_end} rows "
+          f"of {recipe.longest}; for so many rows the learning rate's peak is {peak:.2e}")
     signals = []
 
     def on_signal(number, frame):
         signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second Ctrl-C does not wait for the save
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C does not wait for the save
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -678,166 +655,147 @@ def train(trainer: Trainer) -> bool:
             row["held_out"] = trainer.held_out(row["context"])
         pace = (time.perf_counter() - begin) / (trainer.tokens - before)
         minutes = pace * max(total - trainer.tokens, 0) / 60
-        line = (f"step {row['step']} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-                f"batch {row['batch_size']} | {row['tokens_per_s']:.0f} tok/s | {minutes:.1f} min left")
+        line = (f"step {row['step']} | loss {row['loss']:.4f} | lr {row['lr']:.2e} "
+                f"| norm {row['grad_norm']:.2f} | batch {row['batch_size']} "
+                f"| {row['tokens_per_s']:.0f} tok/s | {minutes:.1f} min left")
         if args.device.type == "cuda":
             used = utilization(row["tokens_per_s"] / world_size(), trainer.model.config)
-            line += f" | {used:.0%} MFU"                    # nan for a GPU that tests/plan.py does not know
+            line += f" | {used:.0%} MFU"                # nan for a GPU that tests/plan.py lacks
         for name, (nats, _) in row.get("held_out", {}).items():
             line += f" | held-out {name} {nats:.4f}"
         print(line, flush=True)
         if rank() == 0:
             with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        stopped = over_ranks(len(signals)) > 0              # a signal may reach one rank only
+        stopped = over_ranks(len(signals)) > 0          # a signal may reach one rank only
         if ended or stopped or trainer.step % args.checkpoint_every == 0:
             trainer.save()
         if trainer.step % args.export_every == 0:
             trainer.export()
     trainer.export()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return trainer.tokens >= total
 
 
 # The command line
 
-@dataclass
-class Options:
-    """How to run, beside the recipe and the sizes of the model."""
-    recipe: str = flag(None, "where all else comes from (default tiny, or continue with --init-from)", choices=RECIPES)
-    data: list[str] = flag(None, "a source: text file, folder of them, or corpus; repeat for more (default: Python's "
-                           "standard library)", action="append", metavar="NAME=PATH")
-    mixture: str = flag(None, "the sources' shares, as 'web:9 code:1'")
-    context: int = flag(None, "tokens per row", type=number(int, 1, 2**20))
-    out: Path = flag("out", "folder for all results", type=Path)
-    tokenizer: Path = flag(None, "a tokenizer.json (default: the model's, the corpus's, or one token a byte)", type=Path)
-    tokenize_to: Path = flag(None, "only write --data to this folder, as a corpus", type=Path)
-    resume: bool = flag(False, "go on from the last checkpoint in --out, if it has one")
-    eval_only: bool = flag(False, "only print the loss of --init-from, or of --out, on the held-out part of --data")
-    plan: bool = flag(False, "only print the run's steps, rates, days and memory")
-    world_size: int = flag(1, "GPUs, for that plan", 1, 2**20)
-    mfu: float = flag(0.18, "the part of a GPU's peak that training reaches, for that plan", 1e-3, 1)
-    micro_batch: int = flag(16, "rows that a GPU runs at a time", 1)
-    checkpoint_activations: bool = flag(False, "a third more time, for far less memory")
-    offload: bool = flag(False, "keep weights, gradients and Adam's averages in the memory of a GPU's host")
-    compile: bool = flag(False, "torch.compile the blocks")
-    checkpoint_every: int = flag(100, "steps", 1)
-    export_every: int = flag(1000, "steps between published models; the last one is always written", 1)
-    export_dtype: str = flag(None, "of the published model (default: that of --init-from, or fp32)", choices=DTYPES)
-    eval_every: int = flag(200, "steps", 1)
-    keep: int = flag(2, "checkpoints", 1)
-    device: torch.device = flag("auto", "cpu, cuda ...; auto is cuda if there is one", type=device)
-    recipe_fields: dict = field(default_factory=dict)       # those that the command line gives
-    sizes: dict = field(default_factory=dict)               # of a fresh model, likewise
-
-def parse(arguments: list[str]) -> tuple[Options, Recipe]:
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
+    count = number(int, 1, 2**60)
+    yes_no = argparse.BooleanOptionalAction
 
-    def add(name: str, default, **more) -> None:
-        parser.add_argument("--" + name.replace("_", "-"), default=default, **more)
+    def add(name: str, **more) -> None:
+        parser.add_argument("--" + name.replace("_", "-"), **more)
 
-    def chosen(cls: type) -> dict:
-        return {f.name: given[f.name] for f in fields(cls) if f.name in given}
+    add("recipe", choices=RECIPES, help="where all else comes from; tiny, or with --init-from continue")
+    add("data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
+        "them, or corpus; repeat for more (default: Python's standard library)")
+    add("mixture", help="the sources' shares, as 'web:9 code:1'")
+    add("context", type=number(int, 1, 2**20), help="tokens per row")
+    add("out", type=Path, default="out", help="folder for all results (default out)")
+    add("tokenizer", type=Path, help="tokenizer.json; else the model's, a corpus's, or of bytes")
+    add("tokenize_to", type=Path, help="only write --data to this folder, as a corpus")
+    add("resume", action=yes_no, help="go on from the last checkpoint in --out, if it has one")
+    add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
+    add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
+    add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
+    add("mfu", type=number(float, 1e-3, 1), default=0.18, help="part of a GPU's peak, for that plan "
+        "(default 0.18)")
+    add("micro_batch", type=count, default=16, help="rows that a GPU runs at a time (default 16)")
+    add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")
+    add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")
+    add("compile", action=yes_no, help="torch.compile the blocks")
+    add("checkpoint_every", type=count, default=100, help="steps (default 100)")
+    add("export_every", type=count, default=1000, help="steps between published models (default 1000)")
+    add("export_dtype", choices=DTYPES, help="of these (default: that of --init-from, or fp32)")
+    add("eval_every", type=count, default=200, help="steps (default 200)")
+    add("keep", type=count, default=2, help="checkpoints (default 2)")
+    add("device", type=device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
+    for f in fields(Recipe)[:-1]:                       # the last, stages, has no flag
+        add(f.name, default=argparse.SUPPRESS, **f.metadata)
+    sizes = [f for f in fields(MambaConfig) if not f.name.endswith("_id")]      # ids: the tokenizer's
+    for f in sizes:
+        kind = {"action": yes_no} if f.type is bool else {"type": number(f.type, 0, 2**60)}
+        add(f.name, default=argparse.SUPPRESS, help="of a fresh model", **kind)
+    args = parser.parse_args(arguments)
 
-    for f in fields(Options)[:-2]:
-        add(f.name, f.default, **f.metadata)
-    for f in fields(Recipe)[:-1]:
-        add(f.name, argparse.SUPPRESS, **f.metadata)
-    for f in fields(MambaConfig):
-        if f.type is bool:
-            add(f.name, argparse.SUPPRESS, help="of a fresh model", action=argparse.BooleanOptionalAction)
-        elif not f.name.endswith("_id"):                    # ids are the tokenizer's
-            add(f.name, argparse.SUPPRESS, help="of a fresh model", type=number(f.type, 0, 2**60))
-    given = vars(parser.parse_args(arguments))
-
-    args = Options(**chosen(Options), recipe_fields=chosen(Recipe), sizes=chosen(MambaConfig))
-    args.recipe = args.recipe or ("continue" if "init_from" in given else "tiny")
+    args.given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    args.sizes = {f.name: getattr(args, f.name) for f in sizes if hasattr(args, f.name)}
+    args.recipe = args.recipe or ("continue" if "init_from" in args.given else "tiny")
     recipe = RECIPES[args.recipe]
     stages = tuple(Stage(stage.start, args.context or stage.context, args.mixture or stage.mixture)
                    for stage in recipe.stages)
-    total = given.get("total_tokens", recipe.total_tokens)
-    recipe = scaled(replace(recipe, stages=stages), total, args.recipe_fields)
-    if recipe.init_from and args.sizes:
+    total = args.given.get("total_tokens", recipe.total_tokens)
+    recipe = scaled(replace(recipe, stages=stages), total, args.given)
+    if args.eval_only and recipe.init_from is None:
+        recipe = replace(recipe, init_from=str(args.out))
+    if recipe.init_from is not None and args.sizes:
         parser.error(f"--init-from brings its own sizes; leave out {', '.join(args.sizes)}")
     if args.offload and args.device.type == "cpu" and not args.plan:
         parser.error("--offload keeps in the host's memory what a GPU would, and --device is cpu")
     return args, recipe
 
-def pick_tokenizer(args: Options, folder: Path | None, paths: list[Path]) -> Tokenizer:
+def pick_tokenizer(args: argparse.Namespace, folder: Path | None, paths: list[Path]) -> Tokenizer:
     """The one that is named, or the model's, or a corpus's, or one token a byte."""
     corpora = [path for path in paths if (path / "tokens.bin").exists()]
     if args.tokenizer:
         return read_tokenizer(args.tokenizer)
-    for home in [folder, *corpora]:
-        if home:
-            return read_tokenizer(home / "tokenizer.json")
+    if folder or corpora:
+        return read_tokenizer((folder or corpora[0]) / "tokenizer.json")
     return byte_tokenizer()
 
-def pick_recipe(args: Options, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
-    """The recipe with the mixture, and if need be the size, of the sources that there are."""
-    if args.eval_only or (len(sources) == 1 and not args.mixture):
+def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
+    """The recipe with the mixture and, to continue a model, the size of the sources there are."""
+    if not args.mixture and (args.eval_only or len(sources) == 1):
         mixture = " ".join(f"{name}:1" for name in sources)
-        recipe = replace(recipe, stages=tuple(replace(stage, mixture=mixture) for stage in recipe.stages))
+        stages = tuple(replace(stage, mixture=mixture) for stage in recipe.stages)
+        recipe = replace(recipe, stages=stages)
     wanted = {name for stage in recipe.stages for name in shares(stage.mixture)}
     if wanted != sources.keys():
-        raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture {', '.join(sorted(wanted))}; "
-                         "name the same with --data name=path and --mixture 'name:share ...'")
-    if args.recipe == "continue":
-        recipe = fitted(recipe, sources, args.recipe_fields, any_context=not args.context)
+        raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture "
+                         f"{', '.join(sorted(wanted))}; give --data name=path and --mixture 'name:share'")
+    if args.recipe == "continue":       # what no flag gives fits the data; the numbers are our choice
+        stage = recipe.stages[0]
+        context = stage.context
+        held_out = min(len(source.held_out) for source in sources.values())
+        while not args.context and context > 64 and 8 * context >= held_out:
+            context //= 2                                   # so that at least eight rows are held out
+        share = shares(stage.mixture)
+        epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
+        total = args.given.get("total_tokens", int(epoch))
+        rows = max(1, total // (200 * context))             # so that there are at least 200 steps
+        recipe = replace(recipe, stages=(replace(stage, context=context),))
+        recipe = scaled(recipe, total, {"batch_end": min(rows, recipe.batch_end)} | args.given)
     for name, source in sources.items():
-        shortest = min(len(source.held_out), len(source.training))
-        if shortest <= recipe.longest:                      # a row's last target is one token more
-            raise ValueError(f"{name} has {len(source.held_out)} held-out and {len(source.training)} training "
-                             f"tokens, too few for --context {recipe.longest}; give it more text, or a smaller one")
+        held_out = len(source.held_out)
+        training = len(source.training)
+        if min(held_out, training) <= recipe.longest:       # a row's last target is one token more
+            raise ValueError(f"{name} has {held_out} held-out and {training} training tokens, too few "
+                             f"for --context {recipe.longest}; give it more text, or a smaller one")
     return recipe
 
-def pick_config(args: Options, folder: Path | None, tokens: int, end: int) -> MambaConfig:
+def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one for so many tokens."""
     if folder:
         config = MambaConfig.from_json(folder / "config.json")
-        if config.eos_token_id == 0:        # a default, which the pre-decay file has: no end of a text
+        if config.eos_token_id == 0:        # a default, which the pre-decay file has: it ends no text
             config.eos_token_id = end
     else:
         ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
         tiny = TINY if args.recipe == "tiny" else {}
         config = MambaConfig(**{"vocab_size": tokens} | ids | tiny | args.sizes)
     if tokens > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}; name the model's own "
-                         "tokenizer.json with --tokenizer")
+        raise ValueError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}; name the "
+                         "model's own tokenizer.json with --tokenizer")
     return config
 
-def check_folders(args: Options, paths: list[Path]) -> None:
-    """ValueError if the results would become part of the data, or overwrite a model."""
-    made = args.tokenize_to or args.out
-    if any(made.resolve().is_relative_to(path.resolve()) for path in paths):
-        raise ValueError(f"{made} lies in --data, whose files are read as text; name a folder outside")
-    resumed = args.resume and checkpoints(args.out)
-    if not args.tokenize_to and not resumed and (checkpoints(args.out) or (args.out / "config.json").exists()):
-        raise ValueError(f"{args.out} already holds a model; --resume goes on with the run that made it, if its "
-                         "checkpoints are there; another --out begins a new one")
-
-def set_up(args: Options, recipe: Recipe) -> Trainer | None:
-    """Read the data and the model, which must fit each other. None if the data were to be tokenized only."""
-    paths = named_paths(args.data or [])
-    every = sum(paths.values(), [])
-    folder = None
-    if recipe.init_from or args.recipe == "continue":
-        folder = find(recipe.init_from)
-    elif args.eval_only:
-        folder = find(args.out)
-    tokenizer = pick_tokenizer(args, folder, every)
-    end = end_of_document(tokenizer, folder)
-    if not args.eval_only:
-        check_folders(args, every)
-    if args.tokenize_to:
-        tokenize_to(args.tokenize_to, every, tokenizer, end)
-        return None
+def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
+           paths: dict[str, list[Path]], tokenizer: Tokenizer, end: int) -> Trainer:
+    """Read the data and the model, which must fit each other."""
+    from tests.plan import check_memory     # here, because that file imports this one
     sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
     recipe = pick_recipe(args, recipe, sources)
     config = pick_config(args, folder, vocabulary(tokenizer), end)
     if not args.eval_only:
-        from tests.plan import check_memory                 # here, because that file imports this one
         check_memory(args, recipe, config, world_size())
     torch.manual_seed(recipe.seed)
     whole = None
@@ -845,56 +803,70 @@ def set_up(args: Options, recipe: Recipe) -> Trainer | None:
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
         dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype)
-    trainer = Trainer(args, recipe, build(args, config, end, whole), tokenizer, sources, dtype)
-    if args.resume and not args.eval_only and checkpoints(args.out):
-        trainer.resume(checkpoints(args.out)[-1])
-    if rank() == 0 and not args.eval_only:
-        prepare(args.out, trainer.step)
-        write_tokenizer(args.out, tokenizer, end, None if args.tokenizer else folder)
-    return trainer
+    objective = build(args, config, end, whole)
+    size = sum(p.numel() for p in objective.parameters())
+    print(f"{size:,} parameters on {world_size()} x {args.device}, "
+          f"scan: {scan.default_backend(args.device, 2)}\n{config}")
+    return Trainer(args, recipe, objective, tokenizer, sources, dtype)
 
-def run(args: Options, recipe: Recipe) -> None:
+def run(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Evaluate a model, write a corpus, or train."""
     begin = time.perf_counter()
-    trainer = set_up(args, recipe)
-    if not trainer:
-        return
-    from tests.plan import count_steps
-    recipe = trainer.recipe
-    peak = recipe.lr * math.sqrt(recipe.batch_end / recipe.lr_batch)
-    print(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {world_size()} x {args.device}, "
-          f"scan: {scan.default_backend(args.device, 2)}\n{recipe}\n{trainer.model.config}\n"
-          f"{recipe.total_tokens:,} tokens in {count_steps(recipe):,} steps of up to {recipe.batch_end} rows of "
-          f"{recipe.longest}; for so many rows the learning rate's peak is {peak:.2e}")
+    paths = named_paths(args.data)
+    every = sum(paths.values(), [])
+    folder = None if recipe.init_from is None else find(recipe.init_from)
+    tokenizer = pick_tokenizer(args, folder, every)
+    end = end_of_document(tokenizer, folder)
     if args.eval_only:
-        for name, (nats, bits) in trainer.held_out(recipe.longest).items():
-            print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, {bits:.4f} bits per byte")
-    elif train(trainer):
-        print(f"{time.perf_counter() - begin:.0f} s; {args.out} now holds the model: python sample.py --model "
-              f"{args.out}\nits losses as a picture: python tests/draw.py {args.out}")
+        trainer = set_up(args, recipe, folder, paths, tokenizer, end)
+        for name, (nats, bits) in trainer.held_out(trainer.recipe.longest).items():
+            print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
+                  f"{bits:.4f} bits per byte")
+        return
+    made = args.tokenize_to or args.out
+    if any(made.resolve().is_relative_to(path.resolve()) for path in every):
+        raise ValueError(f"{made} lies in --data, whose files are read as text; name another folder")
+    if args.tokenize_to:
+        return tokenize_to(made, text_files(every), tokenizer, end)
+    done = checkpoints(made)
+    resumes = args.resume and done
+    if not resumes and (done or (made / "config.json").exists()):
+        raise ValueError(f"{made} already holds a model; --resume goes on if its checkpoints are there, "
+                         "another --out begins a new one")
+    trainer = set_up(args, recipe, folder, paths, tokenizer, end)
+    if resumes:
+        trainer.resume(done[-1])
+    if rank() == 0:
+        prepare(made, trainer.step)
+        write_tokenizer(made, tokenizer, end, None if args.tokenizer else folder)
+    if train(trainer):
+        print(f"{time.perf_counter() - begin:.0f} s; {made} now holds the model: python sample.py "
+              f"--model {made}\nits losses as a picture: python tests/draw.py {made}")
     else:
         print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
 
 def start_processes(device: torch.device) -> None:
-    """Join the other ranks, if torchrun started us. A GPU alone joins a group of one: FSDP brings bf16."""
-    alone = "RANK" not in os.environ
+    """Join the other ranks, if torchrun started us. A GPU alone is one of one: FSDP brings bf16."""
+    backend = "gloo"
     if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
         gpu = int(os.environ.get("LOCAL_RANK", 0))          # torchrun counts from 0
-        if gpu >= torch.cuda.device_count() or not dist.is_nccl_available():
-            raise ValueError(f"GPUs need a PyTorch with NCCL, and each process one of the "
-                             f"{torch.cuda.device_count()} here; lower --nproc-per-node, or try --device cpu")
+        gpus = torch.cuda.device_count()
+        if gpu >= gpus or not dist.is_nccl_available():
+            raise ValueError(f"GPUs need NCCL, and each process one of the {gpus} here; lower "
+                             "--nproc-per-node, or try --device cpu")
         torch.cuda.set_device(gpu)
-    elif alone:
-        return
-    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif device.type == "cuda":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")                  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
 
 def main() -> None:
-    # FSDP warns of views of a state that we drop, dcp of running without processes. dcp also logs errors,
-    # which become a sentence below.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view|torch.distributed is disabled")
-    logging.getLogger().setLevel(logging.ERROR)
+    # FSDP warns of views of a state that we drop, dcp of running without processes.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")
+    logging.getLogger().setLevel(logging.ERROR)         # dcp logs what becomes a sentence below
     try:
         args, recipe = parse(sys.argv[1:])
         if args.plan:
@@ -905,12 +877,12 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except dcp.CheckpointException as error:
-        why, _ = next(iter(error.failures.values()))
-        sys.exit(f"train.py: a checkpoint in {args.out} could not be written or read: {str(why)!r:.300}")
+        why = str([*error.failures.values()][0][0])
+        sys.exit(f"train.py: a checkpoint in {args.out} could not be written or read: {why!r:.300}")
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        sys.exit(f"train.py: out of memory ({str(error).splitlines()[0]}); try a smaller --micro-batch")
+        sys.exit(f"train.py: {str(error).splitlines()[0]}; try a smaller --micro-batch")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -4,12 +4,11 @@
     training    one step of AdamW on 8 x 256 tokens: a random one of 2M weights in fp32
     length      writing a token after ever longer texts, beside attention: a random Llama of the 190M's size
 
-Each peer has a process of its own, so that its peak memory is its own. All are loaded first, then take turns,
-round after round, so that whatever else the machine does falls on all of them; the tables give medians. A
-line says how to get a peer that is not installed. mamba_ssm has no row: its kernels lack the norms of dt, B
-and C, and transformers calls its own on a GPU.
+Each peer has a process and so a peak memory of its own. All load first, then take turns, round after round,
+so that whatever else the machine does falls on all of them. The tables give medians. mamba_ssm has no row,
+because its kernels lack the norms of dt, B and C.
 
-`python tests/bench.py --save assets/bench.json` keeps the figures: for the README's tables, and for cost.svg.
+`python tests/bench.py --save assets/bench.json` keeps the figures for the README's tables and for cost.svg.
 """
 import argparse
 import importlib.metadata
@@ -24,6 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Table -> peer -> the packages that it needs, as pip calls them.
 PEERS = {
     "generate": {"ours": [], "ours, --compile": [], "transformers": ["transformers"],
-                 "llama.cpp": ["llama-cpp-python", "gguf"]},
+                 "llama.cpp": ["llama-cpp-python", "gguf"], "ours, 4 bits, --compile": [],
+                 "llama.cpp, Q4_0": ["llama-cpp-python", "gguf"]},
     "training": {"ours": [], "transformers, mambapy": ["transformers", "mambapy"]},
     "length": {"ours": [], "attention": ["transformers"]},
 }
@@ -50,9 +52,8 @@ QUICK = {
     "lengths": [16, 64],
 }
 
-
-# What runs in a peer's process. torch and the peers are imported in the functions that need them, because
-# every import counts in the peak memory of the process.
+# What runs in a peer's process. Imports stand in the functions that need them, because every one counts in
+# the peak memory of the process.
 
 def memory(device: str) -> float:
     """The most that this process has held, in GB."""
@@ -60,12 +61,11 @@ def memory(device: str) -> float:
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():     # Linux hands ru_maxrss down from the parent; this count begins with the process
+    if status.exists():     # Linux, whose ru_maxrss begins with the parent's
         kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
         return int(kilobytes) * 1024 / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
 
 def make(folder: Path, sizes: dict) -> None:
     """The models that all peers load."""
@@ -77,16 +77,8 @@ def make(folder: Path, sizes: dict) -> None:
         Mamba(config).to(dtype).save_pretrained(folder / name)
     if version("gguf"):
         to_gguf(folder / "generate")
-
-
-# A part of our name -> the same part of llama.cpp's, in this order.
-GGUF_NAMES = {
-    "backbone.embeddings.": "token_embd.", "backbone.norm_f.": "output_norm.", "lm_head.": "output.",
-    "backbone.layers.": "blk.", ".norm.": ".attn_norm.", ".mixer.": ".", ".in_proj.": ".ssm_in.",
-    ".conv1d.": ".ssm_conv1d.", ".x_proj.": ".ssm_x.", ".dt_proj.": ".ssm_dt.", ".out_proj.": ".ssm_out.",
-    ".A_log": ".ssm_a", ".D": ".ssm_d",
-}
-
+    if version("gguf") and version("llama-cpp-python"):
+        to_q4_0(folder / "generate")
 
 def to_gguf(folder: Path) -> None:
     """The same model for llama.cpp: matrices in bf16 as they are, all that is small in fp32."""
@@ -109,13 +101,12 @@ def to_gguf(folder: Path) -> None:
     }
     for name, value in settings.items():
         getattr(file, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA, c.n_layer)
     for name, p in model.named_parameters():
-        for ours, theirs in GGUF_NAMES.items():
-            name = name.replace(ours, theirs)
-        p = p.detach()
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        p = p.detach().squeeze()                # the convolution's weights have a dimension of one number
         if name.endswith("ssm_a"):
             p = -torch.exp(p.float())           # A itself, not its logarithm
-        p = p.squeeze()                         # of the convolution's three dimensions they have two
         if p.dim() == 2 and p.dtype == torch.bfloat16:
             raw = p.contiguous().view(torch.uint8).numpy()
             file.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -126,20 +117,27 @@ def to_gguf(folder: Path) -> None:
     file.write_tensors_to_file()
     file.close()
 
+def to_q4_0(folder: Path) -> None:
+    """The same in 4 bits, with llama.cpp's own quantiser."""
+    import ctypes
+    import llama_cpp
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    source = str(folder / "model.gguf").encode()
+    llama_cpp.llama_model_quantize(source, str(folder / "q4_0.gguf").encode(), ctypes.byref(settings))
 
 def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
     import torch
     return torch.randint(12, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
-
 # Writers: each loads the model and returns a function, from a prompt to an iterator over the tokens that
 # follow it, likeliest first.
 
-def ours(folder: Path, device: str, threads: int, compiled: bool = False):
+def ours(folder: Path, device: str, threads: int, compiled: bool = False, quantize: bool = False):
     import torch
     from mamba import Mamba
     from sample import compile_blocks, generate
-    model = Mamba.from_pretrained(folder, device)
+    model = Mamba.from_pretrained(folder, device, quantize=quantize)
     if compiled:
         compile_blocks()
 
@@ -147,7 +145,6 @@ def ours(folder: Path, device: str, threads: int, compiled: bool = False):
         for token in generate(model, torch.tensor([prompt], device=device), count, 0):
             yield token.item()
     return write
-
 
 def reference(folder: Path, device: str, threads: int):
     import torch
@@ -165,11 +162,10 @@ def reference(folder: Path, device: str, threads: int):
             yield tokens.item()
     return write
 
-
-def llama_cpp(folder: Path, device: str, threads: int):
+def llama_cpp(folder: Path, device: str, threads: int, file: str = "model.gguf"):
     import llama_cpp
     import numpy as np
-    llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=4096, n_batch=512, n_threads=threads,
+    llama = llama_cpp.Llama(str(folder / file), n_ctx=4096, n_batch=512, n_threads=threads,
                             n_threads_batch=threads, verbose=False)
     size = llama.n_vocab()
 
@@ -183,10 +179,9 @@ def llama_cpp(folder: Path, device: str, threads: int):
             prompt = [token]
     return write
 
-
 WRITERS = {"ours": ours, "ours, --compile": partial(ours, compiled=True), "transformers": reference,
-           "llama.cpp": llama_cpp}
-
+           "llama.cpp": llama_cpp, "llama.cpp, Q4_0": partial(llama_cpp, file="q4_0.gguf"),
+           "ours, 4 bits, --compile": partial(ours, compiled=True, quantize=True)}
 
 # Tables: each is a generator. Every next() is one round, and yields its figures.
 
@@ -202,7 +197,6 @@ def generating(peer: str, folder: Path, sizes: dict, device: str, threads: int):
         prefill = len(prompt) / (times[1] - times[0])
         decode = 1 / statistics.median(b - a for a, b in pairwise(times[1:]))
         yield {"prefill": prefill, "decode": decode, "first": made[0]}
-
 
 def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     import torch
@@ -228,7 +222,6 @@ def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
         adam.zero_grad()
         yield {"loss": loss.item(), "seconds": time.perf_counter() - start}
 
-
 def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
     """A round is one length: the milliseconds of a token there, and the MB that are kept of the text."""
     after = after_a_text if peer == "ours" else after_keys_and_values
@@ -237,7 +230,6 @@ def length(peer: str, folder: Path, sizes: dict, device: str, threads: int):
         ms = 1e3 * statistics.median(b - a for a, b in pairwise(times))
         size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         yield {"tokens": now, "ms": ms, "state_mb": size / 1e6}
-
 
 def after_a_text(folder: Path, sizes: dict, device: str):
     """For each length: an iterator that writes tokens after so many others, and what is kept of these."""
@@ -249,7 +241,6 @@ def after_a_text(folder: Path, sizes: dict, device: str):
     for now in sizes["lengths"]:
         text = torch.tensor([tokens(now, now, model.config.vocab_size)], device=device)
         yield generate(model, text, sizes["written"] + 1, 0), [*state.conv, *state.ssm]
-
 
 def after_keys_and_values(folder: Path, sizes: dict, device: str):
     """The same of a Llama with as many weights, in half as many layers."""
@@ -275,18 +266,16 @@ def after_keys_and_values(folder: Path, sizes: dict, device: str):
             cache.update(keys, keys, layer)
         yield write(cache), [keys] * 2 * config.num_hidden_layers
 
+TABLES = {"generate": generating, "training": training, "length": length}
 
-def worker(pipe, job: str, peer: str, *settings) -> None:
-    """Load, then a round for every "next" that comes in."""
+def begin(job: str, peer: str, *settings) -> None:
+    global rounds       # of this process, which serves one peer
+    rounds = TABLES[job](peer, *settings)
+
+def one_round(device: str, threads: int) -> dict:
     import torch
-    folder, sizes, device, threads = settings
     torch.set_num_threads(threads)
-    if job == "make":
-        return pipe.send(make(folder, sizes))
-    rounds = {"generate": generating, "training": training, "length": length}[job](peer, *settings)
-    while pipe.recv() == "next":
-        pipe.send(next(rounds) | {"gb": memory(device)})
-
+    return next(rounds) | {"gb": memory(device)}
 
 # What runs in the process that was started: it only asks.
 
@@ -294,35 +283,25 @@ def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
     """Every round of every peer: table -> peer -> its figures."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                    "TRANSFORMERS_VERBOSITY": "error"}
+    spawn = multiprocessing.get_context("spawn")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder), sizes, device, threads
-        begin("make", "", *settings).recv()
+        make(Path(folder), sizes)
         for job in jobs:
-            peers = {peer: begin(job, peer, *settings) for peer in PEERS[job] if usable(job, peer, device)}
-            found[job] = {peer: [] for peer in peers}
-            rounds = len(sizes["lengths"]) if job == "length" else 1 + sizes["rounds"]
-            for _ in range(rounds):
-                for peer, pipe in peers.items():
-                    pipe.send("next")
-                    found[job][peer].append(pipe.recv())
-            for peer, pipe in peers.items():
-                pipe.send("end")
+            processes = {}
+            for peer in PEERS[job]:
+                if usable(job, peer, device):
+                    settings = job, peer, Path(folder), sizes, device, threads
+                    processes[peer] = ProcessPoolExecutor(1, spawn, begin, settings)
+            found[job] = {peer: [] for peer in processes}
+            for _ in range(len(sizes["lengths"]) if job == "length" else 1 + sizes["rounds"]):
+                for peer, process in processes.items():
+                    found[job][peer].append(process.submit(one_round, device, threads).result())
+            for peer, process in processes.items():
+                process.shutdown()
                 if job != "length":
-                    del found[job][peer][0]     # the first round warms up and compiles
-            for process in multiprocessing.active_children():
-                process.join()
+                    del found[job][peer][0]     # the first round loads, warms up and compiles
     return found
-
-
-def begin(job: str, peer: str, *settings):
-    """Start a peer's process -> our end of the pipe to it."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    spawn.Process(target=worker, name=peer, args=(theirs, job, peer, *settings), daemon=True).start()
-    theirs.close()      # so that the pipe breaks when the process ends
-    return ours
-
 
 def version(package: str) -> str | None:
     try:
@@ -330,18 +309,16 @@ def version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
-
 def usable(job: str, peer: str, device: str) -> bool:
     """Whether this peer can run here; says why not."""
     missing = [package for package in PEERS[job][peer] if not version(package)]
     if missing:
         print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
         return False
-    if peer == "llama.cpp" and device != "cpu":
+    if peer.startswith("llama.cpp") and device != "cpu":
         print("without llama.cpp: its package is built for the CPU", file=sys.stderr)
         return False
     return True
-
 
 def machine(threads: int, device: str) -> str:
     name = platform.processor() or platform.machine()
@@ -352,14 +329,12 @@ def machine(threads: int, device: str) -> str:
     versions = [f"{package} {version(package)}" for package in packages if version(package)]
     return f"{name}, {threads} threads, {device}; {', '.join(versions)}"
 
-
 def vectors() -> str:
     """Which vector instructions the CPU has: figures of CPUs that have others cannot be compared."""
     import torch
     kinds = "avx", "amx", "fma", "f16c", "neon", "asimd", "sve", "sme", "bf16", "i8mm", "vsx", "rvv"
     has = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
     return ", ".join(sorted(name for name in has if name.startswith(kinds))) or "none that PyTorch knows"
-
 
 # What it prints, and the README shows.
 
@@ -368,15 +343,12 @@ COLUMNS = {
     "training": {"seconds": "a step, s (over ours)"},
 }
 
-
 def middle(rounds: list[dict], name: str) -> float:
     return statistics.median(row[name] for row in rounds)
-
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """As Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
 
 def tables(found: dict) -> dict[str, str]:
     """The figures as the README shows them: medians over rounds, and ours over theirs."""
@@ -403,14 +375,12 @@ def tables(found: dict) -> dict[str, str]:
         made["length"] = table(head, [*zip(*columns)])
     return made
 
-
 def compare(rounds: dict[str, list[dict]], name: str, words: str, tolerance: float) -> None:
     """It was the same model, or the times mean nothing."""
     for peer in rounds:
         pairs = [(a[name], b[name]) for a, b in zip(rounds["ours"], rounds[peer])]
         same = sum(abs(a - b) <= tolerance * abs(a) for a, b in pairs)
         print(f"{peer}: {words} as ours in {same} of {len(pairs)} rounds")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure ours beside every peer that is installed.")
@@ -435,7 +405,7 @@ def main() -> None:
     sizes = QUICK if args.quick else FULL
     try:
         found |= measure(args.tables or [*PEERS], sizes, args.device, args.threads)
-    except (EOFError, ConnectionError):     # a pipe without a process at its other end
+    except BrokenProcessPool:
         raise SystemExit("bench.py: a peer ended early; the reason stands above") from None
     print(found["machine"])
     print(f"vector instructions: {vectors()}")
@@ -446,7 +416,6 @@ def main() -> None:
     if args.save:
         old = json.loads(args.save.read_text()) if args.save.exists() else {}
         args.save.write_text(json.dumps(old | found, indent=1) + "\n")
-
 
 if __name__ == "__main__":
     main()

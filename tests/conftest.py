@@ -21,10 +21,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 if not torch.cuda.is_available():   # Triton reads this as it decorates the kernels, so before their import
     os.environ["TRITON_INTERPRET"] = "1"
 
-
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "begun" in item.fixturenames)       # last: by then it has been done
-
 
 def pytest_collection_finish(session):
     """Begin what only waits for other processes, one after the other, beside the tests that run in this one.
@@ -40,11 +38,9 @@ def pytest_collection_finish(session):
     session.config.begun = {module: pool.submit(module.ahead, Path(folder.name) / module.__name__)
                             for module in modules}
 
-
 @pytest.fixture(scope="module")
 def begun(request):
     return request.config.begun[request.module].result()
-
 
 @pytest.fixture
 def graphs(monkeypatch):

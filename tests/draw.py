@@ -4,10 +4,9 @@
     python tests/draw.py                the README's pictures, into assets/
     python tests/draw.py out --keep     both: the README then shows the run in out/
 
-block, tree and passes are laid out here by hand. schedule asks train.py's own functions. The others show what
-was measured, and lies beside them in assets/: loss.jsonl and states.json, of a run and its model, are what
---keep writes, and bench.json is what `python tests/bench.py --save assets/bench.json` writes. Each picture
-has two sets of colours, for light and for dark pages.
+block, tree and passes are laid out by hand. schedule asks train.py's own functions. The others show figures
+that lie beside them in assets/: --keep writes loss.jsonl and states.json, of a run and its model, and
+`python tests/bench.py --save assets/bench.json` writes bench.json.
 """
 import argparse
 import json
@@ -24,13 +23,12 @@ LIGHT = dict(plate="#ffffff", edge="#d0d7de", ink="#1f2328", soft="#656d76", box
              new_edge="#bc4c00", lines=["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700"])
 DARK = dict(plate="#0d1117", edge="#3d444d", ink="#e6edf3", soft="#9198a1", box="#1b2129", new="#7a3d00",
             new_edge="#ffa657", lines=["#58a6ff", "#ffa657", "#3fb950", "#d2a8ff", "#ff9bce", "#e3b341"])
-# The colour of every mark is a class, so that a page's preference can change it.
+# The colour of every mark is a class, so that a page's preference for light or dark can change it.
 RULES = """.plate{{fill:{plate};stroke:{edge}}} text{{fill:{ink};font:15px system-ui,sans-serif}}
 .small{{font-size:12px}} .soft{{fill:{soft}}} .box{{fill:{box};stroke:{soft}}}
 .new{{fill:{new};stroke:{new_edge};stroke-width:2}} .line{{fill:none;stroke:{soft};stroke-width:1.5}}
 .tip{{fill:{soft}}} .grid{{stroke:{edge}}}
 """
-
 
 def style(colors: dict) -> str:
     rules = RULES.format(**colors)
@@ -38,9 +36,7 @@ def style(colors: dict) -> str:
         rules += f".line{i}{{fill:none;stroke:{color};stroke-width:2}} .dot{i}{{fill:{color}}}\n"
     return rules
 
-
-# Marks: each function returns SVG, one mark or a list of them.
-
+# Marks: each function returns SVG, one mark or a list of them
 def svg(width: int, height: int, title: str, marks: list[str]) -> str:
     dark = "@media (prefers-color-scheme:dark){" + style(DARK) + "}"
     size = f'viewBox="0 0 {width} {height}" width="{width}"'
@@ -49,14 +45,11 @@ def svg(width: int, height: int, title: str, marks: list[str]) -> str:
     lines = [head, f"<title>{escape(title)}</title>", f"<style>{style(LIGHT)}{dark}</style>", plate, *marks]
     return "\n".join(lines) + "\n</svg>\n"
 
-
 def text(x: float, y: float, words: str, classes: str = "", anchor: str = "middle") -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{classes}" text-anchor="{anchor}">{escape(words)}</text>'
 
-
 def rect(x: float, y: float, width: float, height: float, classes: str) -> str:
     return f'<rect class="{classes}" x="{x}" y="{y}" width="{width}" height="{height}" rx="5"/>'
-
 
 def box(x: float, y: float, width: float, height: float, words: str, below: str = "",
         classes: str = "box") -> list[str]:
@@ -69,19 +62,15 @@ def box(x: float, y: float, width: float, height: float, words: str, below: str 
         marks.append(text(middle, y + height / 2 + 5, words))
     return marks
 
-
 def dot(x: float, y: float, color: int, radius: float = 5) -> str:
     return f'<circle class="dot{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-
 
 def sign(x: float, y: float, words: str) -> list[str]:
     return [f'<circle class="box" cx="{x}" cy="{y}" r="13"/>', text(x, y + 5, words)]
 
-
 def line(*points: tuple[float, float], classes: str = "line") -> str:
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f'<path class="{classes}" d="M{path}"/>'
-
 
 def arrow(*points: tuple[float, float]) -> str:
     """A line with a tip. Its last stretch runs straight across or straight up or down."""
@@ -92,7 +81,6 @@ def arrow(*points: tuple[float, float]) -> str:
     other = f"{x - across + .6 * down:g} {y - down + .6 * across:g}"
     return line(*points) + f'<path class="tip" d="M{x} {y}L{one}L{other}Z"/>'
 
-
 def legend(x: float, y: float, entries: dict[str, int]) -> list[str]:
     """A dot of its colour before each text, one after the other."""
     marks = []
@@ -101,7 +89,6 @@ def legend(x: float, y: float, entries: dict[str, int]) -> list[str]:
         marks.append(text(x + 12, y + 4, words, "small", "start"))
         x += 40 + 6.5 * len(words)      # a character of 12 px is about so wide
     return marks
-
 
 # Charts
 
@@ -113,13 +100,9 @@ def ticks(low: float, high: float) -> list[float]:
     last = math.floor(high / step + 1e-9)
     return [step * i for i in range(first, last + 1)]
 
-
-Points = list[tuple[float, float]]
-
-
-def chart(left: int, top: int, width: int, height: int, title: str, under: str, curves: dict[int, Points],
-          dots: dict[int, Points] = {}, log: bool = False) -> list[str]:
-    """A panel of curves and dots, by colour. Its y begins at 0. With `log`, x is drawn by its logarithm."""
+def chart(left: int, top: int, width: int, height: int, title: str, under: str, curves: dict[int, list],
+          dots: dict[int, list] = {}, log: bool = False) -> list[str]:
+    """A panel of curves and dots: colour -> points (x, y). With `log`, x is drawn by its logarithm."""
     points = [point for group in (curves, dots) for each in group.values() for point in each]
     place = math.log10 if log else float
     first = min(place(x) for x, y in points)
@@ -148,7 +131,6 @@ def chart(left: int, top: int, width: int, height: int, title: str, under: str, 
         marks += [dot(across(x), up(y), color, 4) for x, y in each]
     return marks
 
-
 # The losses of a run
 
 def read_metrics(path: Path) -> list[dict]:
@@ -156,43 +138,31 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"there is no {path}; a run of train.py leaves one in the folder that --out names")
     rows = []
-    for i, row in enumerate(path.read_bytes().splitlines(), 1):
+    for i, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(read_row(row))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            rows.append(read_row(line))
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"line {i} of {path} is damaged; train.py --resume drops what a killed run had "
                              "half written") from None
     if not rows:
         raise ValueError(f"{path} is empty: its run has not yet made a step")
     return rows
 
-
-def read_row(row: bytes) -> dict:
+def read_row(line: bytes) -> dict:
     """What the picture needs of a row. Any of a few errors if it is damaged."""
-    found = json.loads(row)
-    kept = {name: number(found[name]) for name in ("tokens", "loss", "lr")}
-    if "held_out" in found:
-        kept["held_out"] = {}
-        for source, loss in found["held_out"].items():
-            if not source.isprintable():
-                raise ValueError
-            nats = loss[0] if isinstance(loss, list) else loss      # the second is bits a byte
-            kept["held_out"][source] = number(nats)
-    return kept
-
-
-def number(value: float) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 1e18:
-        raise ValueError
-    return value
-
-
-UNITS = [(10**9, "billion tokens seen"), (10**6, "million tokens seen"), (1, "tokens seen")]
-
+    found = json.loads(line)
+    row = {name: found[name] for name in ("tokens", "loss", "lr")}
+    held_out = {}
+    for source, loss in found.get("held_out", {}).items():
+        held_out[source] = loss[0] if isinstance(loss, list) else loss      # the second is bits a byte
+    if not all(0 <= value < 1e18 for value in [*row.values(), *held_out.values()]):
+        raise ValueError("a number that no run has")
+    return row | {"held_out": held_out}
 
 def losses(rows: list[dict], title: str) -> str:
     """Each step's loss as a line, that on held-out text as dots, and the learning rate beside them."""
-    unit, under = next((unit, under) for unit, under in UNITS if rows[-1]["tokens"] >= unit or unit == 1)
+    units = {10**9: "billion tokens seen", 10**6: "million tokens seen", 1: "tokens seen"}
+    unit = max(size for size in units if size <= max(rows[-1]["tokens"], 1))
     training = []
     rate = []
     for row in rows[::len(rows) // 1000 + 1]:       # of a long run, a thousand steps
@@ -200,7 +170,7 @@ def losses(rows: list[dict], title: str) -> str:
         rate.append((row["tokens"] / unit, row["lr"]))
     held_out = {}                                   # source -> its points
     for row in rows:
-        for source, nats in row.get("held_out", {}).items():
+        for source, nats in row["held_out"].items():
             held_out.setdefault(source, []).append((row["tokens"] / unit, nats))
     words = {"each step": 0}
     dots = {}
@@ -208,28 +178,25 @@ def losses(rows: list[dict], title: str) -> str:
         color %= len(LIGHT["lines"])
         words[f"held-out {source:.20}: {points[-1][1]:.4g}"] = color
         dots[color] = dots.get(color, []) + points
-    marks = chart(62, 48, 420, 200, "loss, nats a token", under, {0: training}, dots)
-    marks += chart(562, 48, 210, 200, "learning rate", under, {2: rate})
+    marks = chart(62, 48, 420, 200, "loss, nats a token", units[unit], {0: training}, dots)
+    marks += chart(562, 48, 210, 200, "learning rate", units[unit], {2: rate})
     for i, (entry, color) in enumerate(words.items()):
         marks += legend(804, 54 + 20 * i, {entry: color})
     return svg(1000, 304, title, marks)
-
 
 def keep_losses(rows: list[dict]) -> None:
     """These rows, with fewer digits, for the README's picture."""
     lines = []
     for row in rows:
-        row = row | {"loss": round(row["loss"], 4), "lr": float(f"{row['lr']:.4g}")}
-        if "held_out" in row:
-            row["held_out"] = {source: round(loss, 4) for source, loss in row["held_out"].items()}
-        lines.append(json.dumps(row) + "\n")
+        kept = {"tokens": row["tokens"], "loss": round(row["loss"], 4), "lr": float(f"{row['lr']:.4g}")}
+        if row["held_out"]:
+            kept["held_out"] = {source: round(loss, 4) for source, loss in row["held_out"].items()}
+        lines.append(json.dumps(kept) + "\n")
     (ASSETS / "loss.jsonl").write_text("".join(lines))
-
 
 # The states of a model
 
 SNIPPET = "def area(width, height):\n    return width * height\n"
-
 
 def keep_states(folder: Path) -> None:
     """What states.svg needs of the model in this folder: the steps and three states of one channel.
@@ -240,30 +207,29 @@ def keep_states(folder: Path) -> None:
     import torch.nn.functional as F
     import mamba
     from train import byte_tokenizer
-    calls = []
+    layers = []
     scan = mamba.selective_scan
 
     def spy(x, dt, A, B, C, D, z, dt_bias, *more):
-        calls.append((x[0], F.softplus(dt + dt_bias)[0], A, B[0]))
+        layers.append((x[0], F.softplus(dt + dt_bias)[0], A, B[0]))
         return scan(x, dt, A, B, C, D, z, dt_bias, *more)
     mamba.selective_scan = spy
     model = mamba.Mamba.from_pretrained(folder)
     with torch.no_grad():
         model(torch.tensor([byte_tokenizer().encode(SNIPPET).ids]))
-        deltas = torch.stack([delta for _, delta, _, _ in calls])           # (layers, l, d)
+        deltas = torch.stack([delta for _, delta, _, _ in layers])          # (layers, l, d)
         spread = deltas.log().std(1) * (deltas.amax(1) > 0.2)               # (layers, d)
         layer, c = divmod(spread.argmax().item(), spread.shape[1])
-        x, delta, A, B = calls[layer]
-        states = {}
-        for n in (0, 3, 15):
-            h = 0.0
-            states[f"{A[c, n]:.1f}"] = []
-            for t in range(len(x)):
-                h = torch.exp(delta[t, c] * A[c, n]) * h + delta[t, c] * B[t, n] * x[t, c]
-                states[f"{A[c, n]:.1f}"].append(float(f"{h:.4g}"))
-    found = {"layer": layer, "channel": c, "delta": [float(f"{v:.4g}") for v in delta[:, c].tolist()]}
-    (ASSETS / "states.json").write_text(json.dumps(found | {"states": states}, indent=1) + "\n")
+        x, delta, A, B = layers[layer]
+        h = torch.zeros_like(B)                                             # (l, n)
+        for t in range(len(x)):         # h[-1], which is read first, is still 0
+            h[t] = torch.exp(delta[t, c] * A[c]) * h[t - 1] + delta[t, c] * B[t] * x[t, c]
+    found = {"layer": layer, "channel": c, "delta": rounded(delta[:, c])}
+    found["states"] = {f"{A[c, n]:.1f}": rounded(h[:, n]) for n in (0, 3, 15)}
+    (ASSETS / "states.json").write_text(json.dumps(found, indent=1) + "\n")
 
+def rounded(values) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]
 
 # The README's pictures
 
@@ -298,7 +264,6 @@ def block() -> str:
     title = "One Falcon-Mamba layer: the Mamba block, with three RMSNorms on dt, B and C"
     return svg(1078, 386, title, marks)
 
-
 def merges(steps: list[int]) -> list[list[tuple[int, int, int]]]:
     """The moves of scan.py's merge_pairs over these steps: in each, who is merged into whom, and a colour."""
     if len(steps) == 1:
@@ -307,7 +272,6 @@ def merges(steps: list[int]) -> list[list[tuple[int, int, int]]]:
     halve = [(a, b, 0) for a, b in zip(steps[::2], odd)]
     fill = [(a, b, 2) for a, b in zip(odd, steps[2::2])]
     return [halve, *merges(odd), *([fill] if fill else [])]
-
 
 def tree() -> str:
     """Who merges with whom when merge_pairs runs over eight steps. Time goes down."""
@@ -336,7 +300,6 @@ def tree() -> str:
     marks += legend(58, 450, {"halve: two neighbours become one step": 0,
                               "fill in: a finished state meets the next span": 2})
     return svg(660, 474, "The parallel scan of eight steps in five moves", marks)
-
 
 def passes() -> str:
     """The three passes of scan_triton.py, over four chunks. Time goes from left to right."""
@@ -373,7 +336,6 @@ def passes() -> str:
     marks.append(text(starts(4) - 12, 176, "last h"))
     return svg(930, 392, "The scan on a GPU in three passes: a chunk of steps is one merged step", marks)
 
-
 def states() -> str:
     """One channel of the default run's model over a snippet: a long step writes and forgets."""
     found = json.loads((ASSETS / "states.json").read_text())
@@ -405,7 +367,6 @@ def states() -> str:
     marks.append(text(54, 294, "0", "small soft", "end"))
     return svg(62 + width + 24, 330, "One channel reads a line of Python: a long step writes and forgets", marks)
 
-
 def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
     from train import RECIPES, batch_size, context_length, learning_rate    # here: it takes seconds to import
@@ -424,10 +385,8 @@ def schedule() -> str:
                            {column: curve})
     return svg(922, 444, "The schedule of Falcon-Mamba-7B: its beginning above, the whole run below", marks)
 
-
 def loss() -> str:
     return losses(read_metrics(ASSETS / "loss.jsonl"), "Loss of the default run of train.py")
-
 
 def cost() -> str:
     """Time and memory of one more token, against the tokens before it, as tests/bench.py measured them."""
@@ -441,10 +400,8 @@ def cost() -> str:
         marks += chart(62 + 380 * column, 78, 290, 144, title, "tokens before it", curves, log=True)
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
-
 PICTURES = {"block.svg": block, "states.svg": states, "tree.svg": tree, "passes.svg": passes,
             "schedule.svg": schedule, "loss.svg": loss, "cost.svg": cost}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the losses of a run, or the README's pictures.")
@@ -469,7 +426,6 @@ def main() -> None:
     for name, picture in PICTURES.items():
         (ASSETS / name).write_text(picture(), encoding="utf-8")
         print(f"assets/{name}")
-
 
 if __name__ == "__main__":
     main()

@@ -25,15 +25,12 @@ SMALL = ("--d-model 32 --n-layer 2 --d-state 8 --context 64 --batch-start 4 --ba
          "--total-tokens 20000 --warmup-tokens 1000 --ramp-tokens 4000 --decay-tokens 8000 "
          "--checkpoint-every 3 --eval-every 8 --device cpu").split()
 
-
 def command(data: Path, out: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--out", str(out), *SMALL, *flags]
-
 
 def curve(out: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [tuple(row[name] for name in ("step", "tokens", "loss", "lr", "grad_norm")) for row in rows]
-
 
 def untouched_run(data: Path, out: Path) -> float:
     """The run that the others are held against -> its seconds."""
@@ -41,12 +38,10 @@ def untouched_run(data: Path, out: Path) -> float:
     subprocess.run(command(data, out, "--keep", "100"), check=True, env=ONE_THREAD, capture_output=True)
     return time.perf_counter() - begin
 
-
 def check(out: Path, untouched: Path) -> None:
     assert curve(out) == curve(untouched), "the losses are not those of the run that nobody touched"
     name = "model.safetensors"
     assert (out / name).read_bytes() == (untouched / name).read_bytes(), "the weights are others"
-
 
 def kill_loop(kills: int, data: Path, out: Path, untouched: Path, whole: float, seed: int = 0) -> int:
     """Returns how many of the kills landed before the run was done. AssertionError if anything was lost.
@@ -83,7 +78,6 @@ def kill_loop(kills: int, data: Path, out: Path, untouched: Path, whole: float, 
         series += 1
     print(f"{landed} kills in {series} runs; every resume succeeded, and all losses are those of an untouched run")
     return landed
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Kill a training run again and again; look what is left.")

@@ -22,11 +22,25 @@ TWO_MONTHS = 61         # days: about what the report gives for the 7B on 256 H1
 PIECE = 1024            # tokens whose logits exist at a time, in train.py
 AT_LEAST = 0.75         # of the memory that is planned here a step takes: test_plan.py measures it
 
-
 def print_plan(args, recipe) -> None:
-    """What `train.py --plan` prints."""
-    plan(recipe, planned_config(args, recipe), args.world_size, args.mfu, args.offload)
-
+    """What `train.py --plan` prints: the run on --world-size H100, of whose peak it reaches the part --mfu."""
+    config = planned_config(args, recipe)
+    print("stage       from        to       steps context          batch         learning rate"
+          "     noise temperature  mixture")
+    tokens = 0
+    steps = 0
+    for start, end, more_tokens, more_steps in stretches(recipe):
+        print_row(recipe, start, end, more_steps)
+        tokens += more_tokens
+        steps += more_steps
+    each = flops_per_token(config)
+    flops = each * tokens
+    days = flops / (args.world_size * PEAKS["H100"]) / 86400
+    print("noise temperature: learning rate / sqrt(batch)\n")
+    print(f"{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({each:.3g} a token): on {args.world_size} H100 "
+          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}\n")
+    contexts = {stage.context for stage in recipe.stages}
+    print_memory(config, args.world_size, sorted(contexts), args.offload)
 
 def planned_config(args, recipe) -> MambaConfig:
     """The sizes of the model that this command would train. Nothing is downloaded to know them."""
@@ -43,46 +57,22 @@ def planned_config(args, recipe) -> MambaConfig:
     raise ValueError(f"there is no folder {folder}, and of the hub's models --plan only knows the sizes of "
                      "tiiuae's Falcon-Mamba-7B")
 
-
-def plan(recipe, config: MambaConfig, world: int, mfu: float, offload: bool = False) -> None:
-    """Print the whole run, on `world` H100 of whose peak it reaches the part `mfu`."""
-    print("stage       from        to       steps context          batch         learning rate"
-          "     noise temperature  mixture")
-    tokens = 0
-    steps = 0
-    for start, end, more_tokens, more_steps in stretches(recipe):
-        print_row(recipe, start, end, more_steps)
-        tokens += more_tokens
-        steps += more_steps
-    each = flops_per_token(config)
-    flops = each * tokens
-    days = flops / (world * PEAKS["H100"]) / 86400
-    print("noise temperature: learning rate / sqrt(batch)\n")
-    print(f"{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({each:.3g} a token): on {world} H100 "
-          f"{days / mfu:.3g} days at {mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}\n")
-    contexts = {stage.context for stage in recipe.stages}
-    print_memory(config, world, sorted(contexts), offload)
-
-
 def flops_per_token(config: MambaConfig) -> float:
     """Of training. A product takes 2 a weight forward and 4 backward, the scan about 8 and 16 a state."""
     m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
     products = 6 * d * (3 * m + 2 * r + 2 * n)
     return config.n_layer * (products + 24 * d * n) + 6 * m * config.vocab_size
 
-
 def utilization(rate: float, config: MambaConfig) -> float:
-    """The part of its peak that a GPU reaches which trains on `rate` tokens a second; nan of one not in PEAKS."""
+    """The part of its peak that this GPU reaches at `rate` tokens a second; nan of one not in PEAKS."""
     gpu = torch.cuda.get_device_name()
     peak = next((peak for name, peak in PEAKS.items() if name in gpu), math.nan)
     return rate * flops_per_token(config) / peak
-
 
 # Steps
 
 def count_steps(recipe) -> int:
     return sum(steps for *_, steps in stretches(recipe))
-
 
 def stretches(recipe) -> list[tuple[int, int, int, int]]:
     """The run cut where a rule changes: a stretch's start, its end, its tokens and its steps."""
@@ -102,10 +92,8 @@ def stretches(recipe) -> list[tuple[int, int, int, int]]:
         found.append((start, end, tokens - before, steps))
     return found
 
-
 def tokens_a_step(recipe, tokens: int) -> int:
     return train.batch_size(recipe, tokens) * train.context_length(recipe, tokens)
-
 
 def steps_alike(recipe, tokens: int, end: int) -> int:
     """How many steps from here have one size: to count them one by one would take days for 1e18 tokens."""
@@ -114,7 +102,6 @@ def steps_alike(recipe, tokens: int, end: int) -> int:
     # Between two marks the batch moves in one direction: a size that was left does not come back.
     return 1 + bisect_left(range(1, most), True,
                            key=lambda step: tokens_a_step(recipe, tokens + step * size) != size)
-
 
 def print_row(recipe, start: int, end: int, steps: int) -> None:
     phase = "stable"
@@ -135,7 +122,6 @@ def print_row(recipe, start: int, end: int, steps: int) -> None:
     row += " ".join(f"{name} {share:.0%}" for name, share in train.shares(stage.mixture).items())
     print(row)
 
-
 def print_memory(config: MambaConfig, world: int, contexts: list[int], offload: bool) -> None:
     needs = memory(config, world, torch.bfloat16, offload)
     if offload:
@@ -155,17 +141,14 @@ def print_memory(config: MambaConfig, world: int, contexts: list[int], offload: 
         print(f"80 GB do not hold a single row: {gb(kept)} are for weights, gradients and Adam's averages. "
               "--offload keeps these in the host's memory, and more GPUs share them.")
 
-
 def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
-
 
 def print_parts(parts: dict[str, float]) -> float:
     together = sum(parts.values())
     for name, size in (parts | {"together": together}).items():
         print(f"  {name:54}{size / 1e9:8.2f}")
     return together
-
 
 # Memory
 
@@ -174,7 +157,6 @@ class Memory(NamedTuple):
     gpu: dict[str, float]           # part -> bytes, whatever --micro-batch is
     host: dict[str, float]          # part -> bytes that --offload keeps in the host's memory
     activations: dict[str, float]   # "without" or "with" --checkpoint-activations -> bytes a token of a pass
-
 
 def memory(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool = False) -> Memory:
     """The memory of each of `world` ranks. The large products are in `dtype`, and all else is in fp32."""
@@ -205,7 +187,6 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool = 
         activations={"without": config.n_layer * one_block, "with": streams + one_block},
     )
 
-
 def block_activations(config: MambaConfig, dtype: torch.dtype) -> float:
     """Bytes that a block keeps of each token for its backward."""
     m = config.d_model
@@ -221,57 +202,43 @@ def block_activations(config: MambaConfig, dtype: torch.dtype) -> float:
     B_and_C = 2 * (4 + 4) * n           # the same
     return stream + rows + states + dt + B_and_C
 
-
-def shortage(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool, gpu_bytes: float,
-             host_bytes: float, micro_batch: int, context: int, checkpoint_activations: bool) -> str | None:
-    """One sentence, with the flag that helps, where a run surely does not fit; else None.
-
-    gpu_bytes is the memory of a process's GPU, host_bytes what the host has for each of its processes.
-    """
+def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
+    """ValueError, in one sentence with the flag that helps, where this run surely does not fit."""
+    on_gpu = args.device.type == "cuda"
+    offload = args.offload and on_gpu
+    host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has = gpu_memory(args.device) if on_gpu else host
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     needs = memory(config, world, dtype, offload)
     kept = sum(memory(config, world, dtype, offload=True).host.values())
-    if offload and kept > host_bytes:
-        return (f"--offload needs {gb(kept)} of the host's memory for each process, for weights, gradients and "
-                f"Adam's averages, and there are {gb(host_bytes)}; use more GPUs, which share them")
-    fixed = sum(needs.gpu.values())
-    row = context * needs.activations["with" if checkpoint_activations else "without"]
-    planned = fixed + micro_batch * row
-    surely_kept = 0 if offload else kept
-    if max(surely_kept, AT_LEAST * planned) <= gpu_bytes:
-        return None
-    words = f"each process needs {gb(planned)} and has {gb(gpu_bytes)}: "
-    if not offload:
-        words += f"{gb(kept)} for weights, gradients and Adam's averages, "
-    words += f"{gb(micro_batch * row)} for --micro-batch {micro_batch} at {context} tokens a row; "
-    rows = (gpu_bytes - fixed) // row
-    small_rows = (gpu_bytes - fixed) // (context * needs.activations["with"])
-    if rows >= 1:
-        return words + f"--micro-batch {rows:.0f} fits"
-    if small_rows >= 1:
-        return words + f"--checkpoint-activations with --micro-batch {min(small_rows, micro_batch):.0f} fits"
-    if not offload and kept <= host_bytes:
-        return words + f"--offload keeps {gb(kept)} of this in the host's memory"
-    return words + "use more GPUs, a shorter --context or a smaller model"
-
-
-def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
-    """ValueError where the run that this command asks for surely does not fit."""
-    host = machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if offload and kept > host:
+        raise ValueError(f"--offload needs {gb(kept)} of the host's memory for each process, for weights, "
+                         f"gradients and Adam's averages, and there are {gb(host)}; use more GPUs, which share "
+                         "them")
     rows = min(args.micro_batch, math.ceil(recipe.batch_end / world))
-    gpu = args.device.type == "cuda"
-    short = shortage(config, world,
-                     dtype=torch.bfloat16 if gpu else torch.float32,
-                     offload=args.offload and gpu,
-                     gpu_bytes=torch.cuda.get_device_properties(args.device).total_memory if gpu else host,
-                     host_bytes=host if gpu else 0,     # a CPU has nothing to offload to
-                     micro_batch=rows,
-                     context=recipe.longest,
-                     checkpoint_activations=args.checkpoint_activations)
-    if short:
-        raise ValueError(short)
+    row = recipe.longest * needs.activations["with" if args.checkpoint_activations else "without"]
+    small_row = recipe.longest * needs.activations["with"]
+    fixed = sum(needs.gpu.values())
+    planned = fixed + rows * row
+    surely_kept = 0 if offload else kept
+    if max(surely_kept, AT_LEAST * planned) <= has:
+        return
+    if fixed + row <= has:
+        way_out = f"--micro-batch {(has - fixed) // row:.0f} fits"
+    elif fixed + small_row <= has:
+        way_out = f"--checkpoint-activations with --micro-batch {min(rows, (has - fixed) // small_row):.0f} fits"
+    elif on_gpu and not offload and kept <= host:
+        way_out = f"--offload keeps {gb(kept)} of this in the host's memory"
+    else:
+        way_out = "use more GPUs, a shorter --context or a smaller model"
+    raise ValueError(f"each process needs {gb(planned)} and has {gb(has)}: {gb(surely_kept)} for weights, "
+                     f"gradients and Adam's averages, {gb(rows * row)} for --micro-batch {rows} at "
+                     f"{recipe.longest} tokens a row; {way_out}")
 
+def gpu_memory(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory
 
-def machine_memory() -> float:
+def host_memory() -> float:
     """Bytes; without end where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,16 +3,13 @@
 The program runs inside this process wherever that is possible, because importing torch takes seconds. A
 place is made unwritable by a file in a folder's place or a limit on file sizes: root may write to any other.
 """
-import argparse
 import io
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -26,7 +23,6 @@ from mamba import Mamba
 
 NAN = float("nan")
 
-
 def assert_sentence(text, *words):
     """One line of plain words that a person can read at a glance, holding all of `words`."""
     assert len(text.strip().splitlines()) == 1, f"not one line: {text!r}"
@@ -34,16 +30,14 @@ def assert_sentence(text, *words):
     for word in words:
         assert str(word) in text, f"{word!r} is not in {text!r}"
 
-
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """A model and a state of it."""
     folder = tmp_path_factory.mktemp("pristine")
     small_model(folder / "model")
     model = Mamba.from_pretrained(folder / "model")
-    sample.save_state(folder / "state", model.blank_state(1), 1, sample.Text(byte_tokenizer(), "a"))
+    sample.save_state(folder / "state", model.blank_state(1), sample.Text(byte_tokenizer(), [97]))
     return folder
-
 
 @pytest.fixture
 def call(pristine, tmp_path, monkeypatch, capsys):
@@ -54,13 +48,11 @@ def call(pristine, tmp_path, monkeypatch, capsys):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "model", "--max-new-tokens", "3", *flags])
         capsys.readouterr()
-        stdout = sys.stdout
         status = 0
         try:
             sample.main()
         except SystemExit as end:
             status = end.code
-        sys.stdout = stdout     # which the program gives up if it cannot write
         out, err = capsys.readouterr()
         notes = "loading ", "usage:", " ", "warning:"
         words = [line for line in err.splitlines() if not line.startswith(notes) and " GB of weights" not in line]
@@ -70,7 +62,6 @@ def call(pristine, tmp_path, monkeypatch, capsys):
         return status, out, "\n".join(words)
     return run
 
-
 @pytest.fixture
 def refused(call):
     def run(*flags, says=()):
@@ -79,11 +70,9 @@ def refused(call):
         assert_sentence(words, *says)
     return run
 
-
 def test_nothing_is_refused_without_a_reason(call):
     """Or the refusals below would prove nothing."""
     assert call("--prompt", "def ")[0] == 0 and call("--load-state", "state")[0] == 0
-
 
 # What is typed, and what is said.
 FLAGS = {
@@ -91,15 +80,14 @@ FLAGS = {
     "--prompt": "expected one argument", "--model": "expected one argument", "stray": "unrecognized",
     "--prompt caf\udce9": "the prompt is not UTF-8 text", "--unknown": "unrecognized",
     "--prompt a --model nope": "nope' is not a folder; `python train.py` makes one",
-    "--prompt a --max-new-tokens -1": "'-1' is no whole number from 0 to 1000000000",
-    "--prompt a --max-new-tokens 1.5": "'1.5' is no whole number", "--prompt a --max-new-tokens x": "'x' is no",
-    f"--prompt a --max-new-tokens {'9' * 5000}": "is no whole number", "--prompt a --temperature -1": "from 0",
-    "--prompt a --temperature nan": "'nan' is no number from 0 to 1000000.0", "--prompt a --temperature=": "''",
-    "--prompt a --temperature inf": "'inf'", "--prompt a --temperature hot": "'hot' is no number",
-    "--prompt a --top-k 0": "from 1", "--prompt a --top-k -3": "from 1", "--prompt a --top-p 0": "'0' is no",
+    "--prompt a --max-new-tokens -1": "'-1' is not from 0 to 1000000000", "--prompt a --temperature -1": "from 0",
+    "--prompt a --max-new-tokens 1.5": "invalid int value: '1.5'", "--prompt a --max-new-tokens x": "'x'",
+    "--prompt a --temperature nan": "'nan' is not from 0 to 1000000.0", "--prompt a --temperature=": "''",
+    "--prompt a --temperature inf": "'inf'", "--prompt a --temperature hot": "invalid float value: 'hot'",
+    "--prompt a --top-k 0": "from 1", "--prompt a --top-k -3": "from 1", "--prompt a --top-p 0": "'0' is not",
     "--prompt a --top-p 1.1": "from 1e-09 to 1", "--prompt a --top-p nan": "'nan'", "--prompt a --seed -1": "'-1'",
     f"--prompt a --seed {2**64}": "from 0", "--prompt a --num-samples 0": "from 1",
-    "--prompt a --dtype int8": "invalid choice", "--prompt a --quantize int4": "invalid choice",
+    "--prompt a --dtype int8": "invalid choice", "--prompt a --quantize nf4": "choose from",
     "--prompt a --device warp9": "'warp9' is not usable here", "--prompt a --device=": "'' is not usable here",
     "--prompt a --device cuda:99": "try cpu", "--prompt a --device cpu:-1": "try cpu",
     "--prompt a --device meta": "'meta' is not usable", "--prompt a --device xla": "try cpu",
@@ -109,23 +97,20 @@ FLAGS = {
     "--load-state state --prompt a --prompt b": "one text, but there are 2 prompts",
     "--load-state nope": "nope is not a state file", "--load-state model": "model is not a state file",
     "--load-state model/model.safetensors": "model.safetensors is not a state file",
-    "--prompt a --save-state no/kept": "'no/kept' is no file, or in no folder that can be written to",
+    "--prompt a --save-state no/kept": "'no/kept' is no file, or in no folder",
     "--prompt a --save-state model/config.json/kept": "no folder", "--prompt a --save-state model": "no file",
     "--prompt a --save-state=": "no file", "--prompt a --save-state /dev/null": "'/dev/null' is no file",
 }
-
 
 @pytest.mark.parametrize("typed", FLAGS, ids=lambda typed: ascii(typed[:40]))
 def test_flags_that_cannot_be_are_refused(refused, typed):
     refused(*typed.split(), says=[FLAGS[typed]])
     assert sorted(path.name for path in Path().iterdir()) == ["model", "state"]
 
-
 def words_only(*words, numbers=range(1000)):
     tokenizer = Tokenizer(models.BPE(dict(zip(words, numbers)), []))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
-
 
 TOKENIZER = "model/tokenizer.json"
 GENERATION = "model/generation_config.json"
@@ -145,15 +130,14 @@ FILES = [
     ("state", {"conv": torch.zeros(2, 3, 32)}, "needs [2, 1, 3, 32]"),
     *[("state", {"conv": torch.zeros(2, 1, 3, 32).to(dtype)}, f"in {dtype}, but this model needs")
       for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)],
-    *[("state", {name: torch.full(shape, NAN)}, f"state is damaged: not all numbers of {name} are finite")
+    *[("state", {name: torch.full(shape, NAN)}, "not finite: the weights or the state are damaged")
       for name, shape in (("conv", (2, 1, 3, 32)), ("ssm", (2, 1, 32, 4)))],
-    *[("state", {"last": torch.tensor([token])}, f"damaged: last has tokens that are not from 0 to 256: [{token}]")
-      for token in (-1, 257, 2**62, -2**63)],
-    *[("state", {name: tokens}, f"state has {name} of") for name in ("last", "shown", "waiting")
+    *[("state", {name: torch.tensor([token])}, f"state has tokens that the model has not: [{token}]")
+      for name in ("shown", "waiting") for token in (-1, 257, 2**62, -2**63)],
+    *[("state", {name: tokens}, f"state has tokens of {[*tokens.shape]} in") for name in ("shown", "waiting")
       for tokens in (torch.zeros(1), torch.tensor(1), torch.tensor([True]), torch.tensor([[1]]))],
-    *[("state", {"last": torch.ones(count, dtype=torch.int64)}, f"state has last of [{count}] in torch.int64") for count in (0, 2)],
+    ("state", {"shown": torch.zeros(0, dtype=torch.int64)}, "no token"),
 ]
-
 
 @pytest.mark.parametrize("name, content, says", FILES)
 def test_files_that_cannot_be_read_are_refused(refused, name, content, says):
@@ -169,14 +153,13 @@ def test_files_that_cannot_be_read_are_refused(refused, name, content, says):
         path.write_bytes(save(load_file(path) | content) if isinstance(content, dict) else content)
     refused(*(["--load-state", "state"] if name == "state" else ["--prompt", "a"]), says=[says])
 
-
-def test_a_state_in_other_floats_and_one_of_a_former_version_go_on(call):
+def test_a_state_in_other_floats_goes_on_and_one_without_its_tokens_does_not(call, refused):
     tensors = load_file("state")
-    for dtype in (torch.bfloat16, torch.float64):
-        other = {"conv": tensors["conv"].to(dtype), "ssm": tensors["ssm"].to(dtype), "last": tensors["last"]}
-        Path("state").write_bytes(save(other))
-        assert call("--load-state", "state")[0] == 0
-
+    other = {"conv": tensors["conv"].to(torch.bfloat16), "ssm": tensors["ssm"].to(torch.float16)}
+    Path("state").write_bytes(save(tensors | other))
+    assert call("--load-state", "state")[0] == 0
+    Path("state").write_bytes(save(other))
+    refused("--load-state", "state", says=["state is not a state file", "shown"])
 
 def test_characters_that_the_tokenizer_drops_are_told_and_no_others(call, capsys):
     words_only("a", "b").save(TOKENIZER)
@@ -185,7 +168,6 @@ def test_characters_that_the_tokenizer_drops_are_told_and_no_others(call, capsys
         err = capsys.readouterr().err
         assert warning in err and bool(err) == bool(warning)
 
-
 def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.enable_truncation(3)
@@ -193,101 +175,55 @@ def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(tmp_path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert len(sample.encode(sample.read_tokenizer(tmp_path / "tokenizer.json"), "abcdef")) == 6
 
-
-def test_what_this_machine_lacks_is_named(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)       # import then raises ImportError
-    refused("--prompt", "a", "--quantize", "nf4", says=["pip install bitsandbytes"])
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    refused("--prompt", "a", "--compile", says=["--compile", "no-such-compiler"])
+def test_what_this_machine_lacks_is_named(call, refused, monkeypatch):
 
     def download(*_, **__):
         raise RuntimeError("404\nRepository\tnot found\n\n" + "x" * 9999)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     refused("--model", "nobody/nothing", "--prompt", "a", says=["nobody/nothing", "--model out"])
-
-
-def test_a_gpu_without_the_compiler_that_triton_starts_with_is_a_sentence(monkeypatch):
-    triton = pytest.importorskip("triton")
-    number = SimpleNamespace(item=float, is_cuda=True, device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: number)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace())
-    with pytest.raises(argparse.ArgumentTypeError, match="has no attribute 'active'.*; try cpu"):
-        sample.device("cuda")
-
-
-def test_numbers_that_are_not_finite_and_memory_that_is_full_end_in_a_sentence(call, monkeypatch):
-    monkeypatch.setattr(Mamba, "forward", lambda self, *_: (torch.full((1, 1, 257), NAN), None))
-    assert_sentence(call("--prompt", "a")[2], "not finite")
     monkeypatch.setattr(Mamba, "forward", lambda *_: torch.empty(2**45))    # a plain RuntimeError on a CPU
-    assert_sentence(call("--prompt", "a")[2], "sample.py: out of memory", "--quantize nf4")
+    assert_sentence(call("--prompt", "a")[2], "sample.py: out of memory", "--quantize int4")
 
+@pytest.mark.parametrize("words", ["Failed to find C compiler. Please", "InvalidCxxCompiler: No working C++ compiler found"])
+def test_a_missing_compiler_is_a_sentence_and_a_fault_of_ours_is_not(call, monkeypatch, words):
+    def forward(*_):
+        raise RuntimeError(f"{words}\n\nSet TORCHDYNAMO_VERBOSE=1")
+    monkeypatch.setattr(Mamba, "forward", forward)
+    assert_sentence(call("--prompt", "a")[2], f"sample.py: {words}")
+    words = "size mismatch"
+    with pytest.raises(RuntimeError, match=words):
+        call("--prompt", "a")
 
 # Standard input, output and error.
-
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])    # Python's way in UTF-8 locales, and in C
 def test_standard_input_must_be_text(call, refused, errors, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
     refused("--prompt", "-")
-    for stream in io.StringIO(""), None:        # None if it is closed
-        monkeypatch.setattr(sys, "stdin", stream)
-        refused("--prompt", "-", says=["standard input"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    refused("--prompt", "-", says=["standard input"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
     assert call("--prompt", "-", "--max-new-tokens", "0")[:2] == (0, "a\nb\n")
 
-
-def test_closed_standard_error_does_not_change_the_text(call, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
-    status, out, _ = call("--prompt", "a")
-    assert status == 0 and "GB of weights" not in out and "loading" not in out
-
-
 @pytest.mark.parametrize("flags, after, status, says", [
-    ("", "| head -c 1", 0, "loaded in"), ("--prompt b --max-new-tokens 0", "| head -c 1", 0, "loaded in"),
+    ("", "| head -c 1", 0, "loaded in"),
     ("--save-state kept", "| head -c 1", 1, "sample.py: the text's reader left early; "),
     ("", "> /dev/full", 1, "sample.py: [Errno 28]")])
 def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, says):
-    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --max-new-tokens 3000 --prompt a {flags}"
-    command = ["bash", "-o", "pipefail", "-c", f"{line} {after}"]
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=buffered)
+    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt a {flags}"
+    command = ["bash", "-o", "pipefail", "-c", f"{line} --max-new-tokens 3000 {after}"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     last = ended.stderr.splitlines()[-1]
     assert ended.returncode == status and says in last and not [*tmp_path.iterdir()]
     assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
 
-
-def test_without_a_network_the_published_model_is_a_sentence_that_names_the_way_on(tmp_path):
-    command = [sys.executable, sample.__file__, "--prompt", "a"]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    ended = subprocess.run(command, capture_output=True, text=True, env=offline)
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert_sentence(ended.stderr.splitlines()[-1], "tiiuae/falcon-mamba-7b-pre-decay", "--model out")
-
-
 # Writing a state.
 
-
-def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(call, monkeypatch):
+def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(call):
     before = Path("state").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fail(*_):
-        raise OSError("the disk was pulled out")
-    for size, replace in (500, sample.replace_file), (limit[0], fail):      # a full disk, and one that fails
-        monkeypatch.setattr(sample, "replace_file", replace)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-        try:
-            status, _, words = call("--prompt", "other", "--save-state", "state")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert status == 1 and Path("state").read_bytes() == before and not Path("state.partial").exists()
-        assert_sentence(words, "cannot write", "state")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_link_stays_one_when_a_state_is_written_through_it(call):
-    Path("link").symlink_to("state")
-    before = Path("state").read_bytes()
-    assert call("--prompt", "a", "--save-state", "link")[0] == 0
-    assert Path("link").is_symlink() and Path("state").read_bytes() != before
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    status, _, words = call("--prompt", "other", "--save-state", "state")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 1 and Path("state").read_bytes() == before
+    assert_sentence(words, "sample.py: ")

@@ -1,12 +1,12 @@
 """Whatever a file or a command line holds, the programs work, or end in one sentence and a non-zero exit.
 
-    python -m pytest tests/test_fuzz.py                     1,210 cases, 110 of each of eleven kinds
+    python -m pytest tests/test_fuzz.py                     990 cases, 110 of each of nine kinds
     FUZZ_CASES=5000 python -m pytest tests/test_fuzz.py     as many of each kind
     python tests/test_fuzz.py resume 17                     one case alone, as a failure names it
 
 A case is a folder in which one file is damaged, or a command line with strange flags, and a program's main().
 All run in one process, which prints each case's name before it begins: so a crash of the interpreter has a
-name. A case may take a gigabyte and two minutes, and what it opens is watched.
+name. A case may take a gigabyte and two minutes.
 """
 import contextlib
 import faulthandler
@@ -39,17 +39,15 @@ SHORT = "--total-tokens 64 --context 16 --batch-start 1 --batch-end 1 --checkpoi
 WRITE = "sample --max-new-tokens 2 --prompt the --model"
 FRESH = f"train {SHORT} --d-model 8 --n-layer 1 --d-state 2 --out new --data"
 EVALUATE = f"train {SHORT} --data text.txt --eval-only --init-from"
-# Kind -> a command. In its cases a file is damaged of those that it names; or, of the last two, the flags.
+# Kind -> a command. Its cases damage a file that the command names; the last two kinds add flags instead.
 KINDS = {
     "write": f"{WRITE} model",
     "write from shards": f"{WRITE} sharded",
     "write from a state": f"{WRITE} model --load-state state",
     "evaluate": f"{EVALUATE} model",
-    "evaluate shards": f"{EVALUATE} sharded",
     "train": f"{FRESH} text.txt --tokenizer model/tokenizer.json",
     "train on a corpus": f"{FRESH} corpus",
     "resume": f"{FRESH.replace('new', 'out')} text.txt --resume",
-    "climb": f"{WRITE} sharded",
     "write with flags": f"{WRITE} model",
     "train with flags": f"{FRESH} text.txt",
 }
@@ -59,10 +57,8 @@ WORDS = [*"0 1 2 7 16 1_6 0.5".split() * 3, "-1", "٣", "1e-320", "0x10", "nan",
          "", "x", "--", "caf\udce9", "~", "0,16", "text:0", "text:nan", "a:1 b:", "a=text.txt", "text.txt/sub",
          *"auto cpu:7 cuda meta fp16 nf4 continue falcon-mamba-7b model out state text.txt corpus no/such".split()]
 
-
 # What the programs and argparse tell on the way, which is no complaint.
 NOTES = r"loading |reading |compiling |warning: |skipping |usage: | |\d+ steps|.* GB of weights|$"
-
 
 def mutate(dice, value):
     """A JSON value in which one place, however deep, is changed or gone."""
@@ -79,7 +75,6 @@ def mutate(dice, value):
         value[key] = mutate(dice, value[key])
     return value
 
-
 def garble(dice, data):
     """Bytes of which some are cut off, cut out, put in or flipped, or all are others."""
     a, b = sorted(dice.randrange(len(data) + 1) for _ in range(2))
@@ -90,10 +85,8 @@ def garble(dice, data):
     other = dice.choice([b"", b"\0" * 99, b"null", b"[" * 10**5, b'{"a":' * 10**4, b"\xff\xfe", b"9" * 10**4])
     return dice.choice([data[:a], data[:a] + data[b:], more, flipped, flipped, other])
 
-
 def other_json(dice, data):
     return json.dumps(mutate(dice, json.loads(data))).encode()
-
 
 def other_tensors(dice, data):
     """A whole file, in which one tensor is gone or another."""
@@ -103,14 +96,12 @@ def other_tensors(dice, data):
     changed = [value.flatten()[1:], value.flatten(), value.double(), value.int(), value * -1e38, value / 0]
     return save(tensors | dice.choice([{}, {name + "x": value}, *({name: each} for each in changed)]))
 
-
 def other_header(dice, data):
     """A file whose JSON header is another, or lies about its length, which stands before it."""
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = other_json(dice, data[8:end])
     size = dice.choice([*[len(header)] * 4, 0, 2**27, 2**63, 2**64 - 1])
     return struct.pack("<Q", size) + header + data[end:]
-
 
 def damage(dice, path):
     data = path.read_bytes()
@@ -125,19 +116,6 @@ def damage(dice, path):
         path.write_bytes(dice.choice(ways)(dice, data))
     elif gone > 0.07:
         path.mkdir()
-
-
-def climb(dice):
-    """The index names a shard outside, which is whole: a program that works has read what it must not."""
-    outside = Path("../outside").resolve()
-    outside.mkdir(exist_ok=True)
-    Path("sharded/b.safetensors").replace(outside / "b.safetensors")
-    name = dice.choice(["../../outside/", "./../../outside/", "a.safetensors/../../../outside/", f"{outside}/",
-                        f"/{outside}/", f"file://{outside}/", "..\\..\\outside\\", "..%2f..%2foutside%2f"])
-    name += "b.safetensors" + dice.choice(["", "", "\0", "\n", "/", " ", "\0.safetensors"])
-    index = Path("sharded/model.safetensors.index.json")
-    index.write_text(index.read_text().replace('"b.safetensors"', json.dumps(name)))
-
 
 def run(program, *flags):
     """Run the program here -> its exit status, its output, and what it complained about."""
@@ -156,7 +134,6 @@ def run(program, *flags):
     lines = [line for line in err.read().splitlines() if not re.match(NOTES, line)]
     return status, out.read(), "\n".join(lines)
 
-
 def prepare():
     """What every case begins with: a text, a run half done, its model, also in shards, a state, a corpus."""
     Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
@@ -170,13 +147,10 @@ def prepare():
     for later in sorted(Path("out/checkpoints").iterdir())[2:]:
         shutil.rmtree(later)
 
-
 def begin(kind, dice):
     """Damage what that kind damages -> the command to run."""
     command = KINDS[kind].split()
-    if kind == "climb":
-        climb(dice)
-    elif "flags" in kind:
+    if "flags" in kind:
         known = {*re.findall(r"--[a-z][\w-]+", run(command[0], "--help")[1])} - {"--compile"}   # takes a minute
         for _ in range(dice.randint(1, 3)):
             command.append(dice.choice([*sorted(known), "--unknown", "-x"]))
@@ -186,39 +160,27 @@ def begin(kind, dice):
         damage(dice, dice.choice([path for path in named if path.is_file()]))
     return command
 
-
 def fuzz(cases):
     """Run these cases, pairs of kind and number; print a line for each, its first words before it begins."""
     work = Path(tempfile.mkdtemp()).resolve()
     case = work / "case"
     before = work / "before"
-    allowed = tuple(map(str, (case, before, REPO, sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")))
-    opened = []
-
-    def watch(event, args):
-        if event == "open" and isinstance(args[0], (str, bytes)):
-            path = os.path.realpath(os.fsdecode(args[0]))
-            if not path.startswith(allowed):
-                opened.append(path)
     os.environ["HF_HUB_CACHE"] = str(before)
     before.mkdir()
     os.chdir(before)
     prepare()
     used = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
-    sys.addaudithook(watch)
     for kind, number in cases:
         print(kind, number, end=": ", flush=True)
         shutil.copytree(before, case)
         os.chdir(case)
         command = begin(kind, random.Random(f"{kind} {number}"))
         faulthandler.dump_traceback_later(120, exit=True)
-        opened.clear()
         try:
             status, out, complaints = run(*command)
-            assert not opened, f"it opened {opened}"
             if status == 0:
-                assert complaints == "" and kind != "climb", complaints or "it read a file outside"
+                assert complaints == "", complaints
                 assert not re.search(r"\b(loss|norm|perplexity) (nan|inf)", out) or "sample" in command, out
             else:
                 assert_sentence(complaints)
@@ -230,17 +192,14 @@ def fuzz(cases):
         shutil.rmtree(case)
     shutil.rmtree(work)
 
-
 def ahead(folder):
     """All cases."""
     command = [sys.executable, "-X", "faulthandler", __file__, "all"]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
-
 def test_no_case_kills_the_interpreter_or_hangs(begun):
     assert begun.returncode == 0 and begun.stderr == "", begun.stdout[-300:] + begun.stderr[-3000:]
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_does_no_harm_or_ends_in_one_sentence(begun, kind):
@@ -248,9 +207,8 @@ def test_damage_does_no_harm_or_ends_in_one_sentence(begun, kind):
     faults = [outcome for outcome in outcomes if outcome.startswith("FAULT")]
     assert not faults, "\n".join(faults)
     assert len(outcomes) == CASES and "refused" in outcomes
-    assert "worked" in outcomes or kind == "climb"       # or the kind would prove nothing
+    assert "worked" in outcomes         # or the kind would prove nothing
     print(f"{len(outcomes)} cases, {outcomes.count('worked')} of them worked")
-
 
 if __name__ == "__main__":
     if sys.argv[1] in KINDS:

@@ -25,7 +25,6 @@ TEXTS = st.lists(st.sampled_from(PIECES)).map("".join) | st.text(st.characters(c
 # Its UTF-8 holds every byte that UTF-8 can hold.
 ALL_BYTES = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 37)]))
 
-
 @pytest.fixture(scope="module", params=["bytes", "falcon"])
 def published(request, tmp_path_factory):
     """A folder as `python train.py` leaves it, its tokenizer and its model, which soon ends a text."""
@@ -42,20 +41,17 @@ def published(request, tmp_path_factory):
     write_tokenizer(folder, tokenizer, end, None)
     return folder, tokenizer, model
 
-
 def written(published, prompt):
     """The twelve tokens that we write after the prompt, or fewer if one is the end."""
     _, tokenizer, model = published
     tokens = torch.tensor([sample.encode(tokenizer, prompt)])
     return [int(token) for token in sample.generate(model, tokens, 12, 0, stop=model.config.eos_token_id)]
 
-
 @pytest.fixture(scope="module")
 def theirs(published):
     """The tokenizer and the model that transformers reads there."""
     hf = pytest.importorskip("transformers", reason="pip install 'transformers>=5'")
     return [kind.from_pretrained(published[0]) for kind in (hf.AutoTokenizer, hf.AutoModelForCausalLM)]
-
 
 def test_transformers_makes_our_tokens_of_any_text(published, theirs):
     def check(text):
@@ -65,14 +61,12 @@ def test_transformers_makes_our_tokens_of_any_text(published, theirs):
     check(ALL_BYTES)
     given(TEXTS)(check)()
 
-
 def test_padding_and_an_empty_prompt_are_the_end_that_no_reader_sees(published, theirs):
     tokenizer, model = theirs
     assert len(tokenizer) == published[2].config.vocab_size
     end = published[2].config.eos_token_id
     assert [tokenizer.pad_token_id, model.generate(max_new_tokens=1)[0, 0]] == [end, end]
     assert tokenizer.decode([end], skip_special_tokens=True) == ""
-
 
 def test_a_padded_batch_writes_what_we_write_after_each_prompt_and_ends_where_we_end(published, theirs):
     tokenizer, model = theirs
@@ -83,12 +77,10 @@ def test_a_padded_batch_writes_what_we_write_after_each_prompt_and_ends_where_we
     for text, row in zip(texts.tolist(), ours):
         assert text == row + [tokenizer.pad_token_id] * (12 - len(row))
 
-
 def test_a_pipeline_writes_what_we_write(published, theirs):
     from transformers import pipeline
     made = pipeline("text-generation", str(published[0]))(PROMPTS[0], max_new_tokens=12, do_sample=False)
     assert made[0]["generated_text"] == PROMPTS[0] + published[1].decode(written(published, PROMPTS[0]))
-
 
 def test_a_continued_model_keeps_its_sources_files_and_learns_where_texts_end(tmp_path):
     source, folder, tokenizer = tmp_path / "source", tmp_path / "folder", byte_tokenizer()
@@ -104,7 +96,6 @@ def test_a_continued_model_keeps_its_sources_files_and_learns_where_texts_end(tm
     found = json.loads((folder / "generation_config.json").read_text())
     assert found == {"eos_token_id": [256], "temperature": 0.7}
 
-
 def test_llama_cpp_converts_it(published, tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install gguf")
     if "LLAMA_CPP" not in os.environ:
@@ -116,7 +107,6 @@ def test_llama_cpp_converts_it(published, tmp_path):
     fields = gguf.GGUFReader(out).fields
     assert len(fields["tokenizer.ggml.tokens"].data) == published[2].config.vocab_size
     assert fields["tokenizer.ggml.eos_token_id"].contents() == published[2].config.eos_token_id
-
 
 def test_lm_evaluation_harness_finds_our_bits_per_byte(published, tmp_path):
     lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]'")

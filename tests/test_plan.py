@@ -1,9 +1,7 @@
 """The plan's claims: it counts the steps that training takes, and the memory that a rank and a step take."""
-import gc
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -14,35 +12,36 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
-import tests.plan
 import train
 from mamba import Mamba, MambaConfig
-from tests.plan import (AT_LEAST, check_memory, count_steps, flops_per_token, memory, plan, shortage,
-                        stretches)
+from tests import plan
+from tests.plan import AT_LEAST, check_memory, count_steps, flops_per_token, memory
 from train import RECIPES, batch_size, context_length
 
 SEVEN = RECIPES["falcon-mamba-7b"]
 KEPT = "parameters", "gradients", "optimizer: Adam's two averages"
-BF16 = torch.bfloat16
 
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    def call(flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *flags.split()])
+        train.main()
+        return capsys.readouterr().out
+    return call
 
 # Steps
 
-def test_the_plan_of_the_7b_prints_the_whole_run(capsys):
-    plan(SEVEN, MambaConfig(), 256, 0.18)
-    out = capsys.readouterr().out
+def test_the_plan_of_the_7b_prints_the_whole_run(planned):
+    out = planned("--recipe falcon-mamba-7b --world-size 256")
     assert re.search(r"ramp .*-> 2048 .*6.40e-04 .*1.41e-05 -> 1.41e-05", out)
     assert re.search(r"decay +5e\+12 +5.5e\+12 .*8192 .*6.40e-04 -> 2.50e-06", out)
     days = float(re.search(r"on 256 H100 ([\d.]+) days at 18% MFU", out)[1])
     assert 50 < days < 70       # "about two months"
     assert re.search(r"context 8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
-    assert f"({flops_per_token(MambaConfig()):.3g} a token)" in out
-
 
 @pytest.mark.parametrize("recipe", [
     RECIPES["tiny"],
     replace(RECIPES["tiny"], batch_start=8, batch_end=2),
-    train.scaled(RECIPES["tiny"], 1_234_567, {}),
     train.scaled(RECIPES["continue"], 2 * 10**9, {}),
     train.scaled(SEVEN, 5 * 10**9, {}),
 ])
@@ -52,28 +51,18 @@ def test_the_steps_that_it_counts_are_those_that_training_takes(recipe):
     while tokens < recipe.total_tokens:
         tokens += batch_size(recipe, tokens) * context_length(recipe, tokens)
         steps += 1
-    assert count_steps(recipe) == steps and sum(more for _, _, more, _ in stretches(recipe)) == tokens
-
+    assert count_steps(recipe) == steps
 
 @pytest.mark.parametrize("flags, config", [
-    ("", MambaConfig(vocab_size=257, **train.TINY)),
     ("--d-model 64", MambaConfig(vocab_size=257, **train.TINY | {"d_model": 64})),
-    ("--recipe falcon-mamba-7b", MambaConfig()),
+    ("--recipe falcon-mamba-7b --total-tokens 1_000_000_000_000_000", MambaConfig()),
     ("--init-from small", MambaConfig(vocab_size=300, d_model=16, n_layer=1)),
     ("--init-from tiiuae/Falcon3-Mamba-7B-Base", MambaConfig()),
 ])
-def test_a_plan_is_of_the_model_that_the_command_would_train(monkeypatch, tmp_path, capsys, flags, config):
+def test_a_plan_is_of_the_model_that_the_command_would_train(monkeypatch, tmp_path, planned, flags, config):
     monkeypatch.chdir(tmp_path)
-    Mamba(MambaConfig(vocab_size=300, d_model=16, n_layer=1)).save_pretrained(tmp_path / "small")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *flags.split()])
-    train.main()
-    assert f"({flops_per_token(config):.3g} a token)" in capsys.readouterr().out
-
-
-def test_a_plan_of_1e18_tokens_takes_no_longer():
-    start = time.perf_counter()
-    assert count_steps(train.scaled(SEVEN, 10**18, {})) > 10**11 and time.perf_counter() - start < 5
-
+    Mamba(MambaConfig(vocab_size=300, d_model=16, n_layer=1)).save_pretrained("small")
+    assert f"({flops_per_token(config):.3g} a token)" in planned(flags)
 
 def test_the_plan_counts_the_operations_of_every_product():
     """6 a parameter, but for embeddings, which are looked up, and what is no matrix; the scan adds < 1%."""
@@ -81,7 +70,6 @@ def test_the_plan_counts_the_operations_of_every_product():
         model = Mamba(MambaConfig())
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     assert 6 * matrices < flops_per_token(MambaConfig()) < 6.06 * matrices
-
 
 # Memory
 
@@ -92,29 +80,23 @@ import mamba, train
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
 with torch.device("meta"):
     objective = train.Objective(mamba.Mamba(mamba.MambaConfig()), 11)
-train.shard(objective, "cpu", 256, torch.bfloat16)
-tensors = [p.to_local() for p in objective.parameters()]
-print(len(tensors), sum(p.numel() for p in objective.parameters()),
-      sum(p.numel() * p.element_size() for p in tensors))
+train.shard(objective, "cpu", torch.bfloat16)
+print(sum(4 * p.to_local().numel() for p in objective.parameters()))
 """
-
 
 def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
     run = subprocess.run([sys.executable, "-c", SHARDED_7B], cwd=Path(train.__file__).parent,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    count, whole, mine = map(int, run.stdout.split())
-    needs = memory(MambaConfig(), 256, BF16)
-    assert (count, whole) == (643, 7_272_665_088)
+    mine = int(run.stdout)
+    needs = memory(MambaConfig(), 256, torch.bfloat16)
     assert [needs.gpu[part] for part in KEPT] == [mine, mine, 2 * mine]
-
 
 @pytest.mark.parametrize("layers, kind", [(4, "without"), (8, "with")])
 def test_the_planned_memory_is_what_a_step_takes(layers, kind):
     """By PyTorch's own allocator, because what a process holds besides depends on the machine."""
     config = MambaConfig(vocab_size=2000, d_model=256, n_layer=layers)
     rows = torch.randint(2000, (2, 4, 257))
-    gc.collect()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         model = Mamba(config)
         if kind == "with":
@@ -134,44 +116,35 @@ def test_the_planned_memory_is_what_a_step_takes(layers, kind):
     print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert AT_LEAST < measured / planned < 1.05     # a plan may ask for too much, hardly for too little
 
-
-def test_one_gpu_keeps_116_gb_of_the_7b_or_its_host_does(capsys):
-    on_gpu = memory(MambaConfig(), 1, BF16)
-    offloaded = memory(MambaConfig(), 1, BF16, offload=True)
-    assert sum(offloaded.host.values()) == sum(on_gpu.gpu[part] for part in KEPT) == 16 * 7_272_665_088
-    assert on_gpu.host == {} and on_gpu.gpu == offloaded.host | offloaded.gpu
-    plan(RECIPES["continue"], MambaConfig(), 1, 0.18)
-    out = capsys.readouterr().out
+def test_one_gpu_keeps_116_gb_of_the_7b_or_its_host_does(planned):
+    out = planned("--recipe continue")
     assert "116.4 GB" in out and "--offload" in out and not re.search("--micro-batch [1-9]", out)
-    plan(RECIPES["continue"], MambaConfig(), 1, 0.18, offload=True)
-    out = capsys.readouterr().out
+    out = planned("--recipe continue --offload")
     assert re.search(r"memory of the host.*\n(.*\n){3}  together +116.36\n", out)
     assert re.search(r"8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
 
-
 @pytest.mark.parametrize("world, flags, host, words", [
-    (1, "", 160e9, ["16 at 8192", "116.4 GB for weights", "has 80.0 GB", "--offload keeps"]),
-    (1, "", 100e9, ["116.4 GB for weights", "use more GPUs"]),
+    (1, "", 160e9, ["has 80.0 GB: 116.4 GB for weights", "micro-batch 16 at 8192", "--offload keeps"]),
+    (1, "", 100e9, ["use more GPUs"]),
+    (1, "--device cpu", 100e9, ["has 100.0 GB: 116.4 GB", "use more GPUs"]),
     (1, "--offload", 100e9, ["--offload needs 116.4 GB", "there are 100.0 GB", "use more GPUs"]),
     (1, "--offload", 160e9, ["has 80.0 GB", "--checkpoint-activations with --micro-batch 4 fits"]),
-    (1, "--offload --checkpoint-activations", 160e9, ["has 80.0 GB", "--micro-batch 4 fits"]),
-    (8, "", 160e9, ["14.5 GB for weights", "--checkpoint-activations with --micro-batch 3 fits"]),
+    (8, "--checkpoint-activations", 160e9, ["14.5 GB for weights", "; --micro-batch 3 fits"]),
 ])
-def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_helps(world, flags, host, words):
-    found = shortage(MambaConfig(), world, BF16, "--offload" in flags, 80e9, host, 16, 8192,
-                     "--checkpoint-activations" in flags)
-    assert "\n" not in found and all(word in found for word in words), found
-
-
-def test_before_a_run_begins_its_memory_is_checked(monkeypatch):
-    monkeypatch.setattr(tests.plan, "machine_memory", lambda: 32e9)
-    options = train.Options(device=torch.device("cpu"))
-    check_memory(options, RECIPES["tiny"], MambaConfig(vocab_size=257, **train.TINY), 1)
-    with pytest.raises(ValueError, match="has 32.0 GB: 116.4 GB for weights"):
-        check_memory(options, RECIPES["continue"], MambaConfig(), 1)
-
-
-@pytest.mark.parametrize("world, offload, rows", [(1, True, 4), (8, False, 3), (256, False, 3)])
-def test_what_it_says_would_fit_fits(world, offload, rows):
-    assert shortage(MambaConfig(), world, BF16, offload, 80e9, 160e9, rows, 8192, True) is None
-    assert shortage(MambaConfig(), world, BF16, offload, 80e9, 160e9, 3 * rows, 8192, True)
+def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_helps(monkeypatch, world, flags,
+                                                                                 host, words):
+    monkeypatch.setattr(plan, "gpu_memory", lambda device: 80e9)
+    monkeypatch.setattr(plan, "host_memory", lambda: host)
+    device = torch.device("cpu" if "cpu" in flags else "cuda")
+    options, _ = train.parse([])
+    options.device = device
+    options.offload = "--offload" in flags
+    options.checkpoint_activations = "--checkpoint" in flags
+    with pytest.raises(ValueError) as error:
+        check_memory(options, RECIPES["continue"], MambaConfig(), world)
+    assert all(word in str(error.value) for word in words), error.value
+    fits = re.search(r"--micro-batch (\d+) fits", str(error.value))
+    if fits:
+        options.micro_batch = int(fits[1])
+        options.checkpoint_activations = True
+        check_memory(options, RECIPES["continue"], MambaConfig(), world)

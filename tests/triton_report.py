@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 import weakref
+from unittest import mock
 
 import torch
 import triton
@@ -40,7 +41,6 @@ KERNELS = {
     "one token: step": st.step_kernel,
 }
 
-
 def build(label: str, target: str, reset: bool = False, **sizes):
     """Compile one kernel with the 7B's constants, or with other `sizes`."""
     kernel = KERNELS[label]
@@ -63,54 +63,63 @@ def build(label: str, target: str, reset: bool = False, **sizes):
     return triton.compile(source, target=TARGETS[target],
                           options={"num_warps": 1, "enable_fp_fusion": True})
 
-
 def tool(name: str, *args: str) -> str:
     path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
-
 
 @functools.cache
 def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
     """Registers, stack, spills, shared memory, and the instructions of the inner loop per state update."""
     compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
+        names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count",
+                 "SHARED": "group_segment_fixed_size"}
         text = compiled.asm["amdgcn"]
-        return {k: int(re.search(rf"\.{v}:\s+(\d+)", text).group(1)) for k, v in
-                dict(REG="vgpr_count", STACK="private_segment_fixed_size", LOCAL="vgpr_spill_count",
-                     SHARED="group_segment_fixed_size").items()}
+        return {kind: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for kind, name in names.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name)))
         code = tool("nvdisasm", "-c", f.name)
-    instructions, labels, loops = [], {}, []
-    for line in code.splitlines():
-        if m := re.match(r"\s*(\.L\w+):", line):
-            labels[m.group(1)] = len(instructions)
-        elif m := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*);", line):
-            instructions.append(m.group(1).split(".")[0])
-            goal = re.search(r"`\((\.L\w+)\)", m.group(2))
-            start = labels.get(goal.group(1)) if instructions[-1] == "BRA" and goal else None
-            if start is not None and start < len(instructions) - 1:
-                loops.append((start, len(instructions)))
-    inner = [(start, end) for start, end in loops
-             if not any(start <= other < end and (start, end) != (other, stop) for other, stop in loops)]
-    start, end = max(inner, key=lambda span: span[1] - span[0], default=(0, 0))
-    loop = instructions[start:end]
+    instructions, loops = parse(code)
+    innermost = [loop for loop in loops if not any(other != loop and other[0] in range(*loop) for other in loops)]
+    longest = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    counted = instructions[slice(*longest)]
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
     if "step" in label:                     # one step, and no loop
-        loop, updates = instructions, n
+        counted = instructions
+        updates = n
     if "carry" in label:                    # one state a thread; Triton may have unrolled the loop
-        updates = loop.count("STG")
-    return {k: int(v) for k, v in usage.items()} | {"issue": len(loop) / updates} | {
-        k: loop.count(k) / updates for k in ("MUFU", "SHFL", "BAR")}
+        updates = counted.count("STG")
+    found = {kind: int(value) for kind, value in usage.items()}
+    found["issue"] = len(counted) / updates
+    for kind in ("MUFU", "SHFL", "BAR"):
+        found[kind] = counted.count(kind) / updates
+    return found
 
+def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions of a disassembly, and the loops: where each begins and ends, a jump back."""
+    instructions = []
+    labels = {}
+    loops = []
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L\w+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        instruction = re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*);", line)
+        if instruction:
+            name = instruction[1].split(".")[0]
+            goal = re.search(r"`\((\.L\w+)\)", instruction[2])
+            start = labels.get(goal[1]) if name == "BRA" and goal else None
+            if start is not None and start < len(instructions):
+                loops.append((start, len(instructions) + 1))
+            instructions.append(name)
+    return instructions, loops
 
 def chunks() -> int:
     count, chunk, keep = st.cut_time(torch.empty(b, l, d, device="meta"))
     assert chunk == keep, "forward and backward share their chunks, as the arithmetic below takes for granted"
     return count
-
 
 def traffic() -> dict:
     """Bytes each kernel must move to and from HBM. B, C and the like are small, and stay in the caches."""
@@ -122,19 +131,16 @@ def traffic() -> dict:
             "backward: carry": 3 * tiles, "backward: adjoint": 6 * row + blocks + sums + 2 * tiles,
             "backward: sums": sums + tiles, "one token: step": 2 * states + 4 * d * n + 4 * row // l}
 
-
 def estimate(label: str, found: dict) -> dict:
     """Milliseconds each resource needs for a layer, at the least; the kernel takes as long as the slowest."""
     updates = b * d * n * (chunks() if "carry" in label else 1 if "step" in label else l)
     return {"HBM": traffic()[label] / HBM * 1e3} | {
         kind: updates * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3 for kind, lanes in LANES.items()}
 
-
 def warps(found: dict) -> int:
     """How many warps of a kernel fit on an SM: by registers, given out in eights, and 32 at most."""
     registers = triton.cdiv(found["REG"], 8) * 8
     return min(32, 65536 // (32 * registers))
-
 
 def waiting(label: str, found: dict) -> float:
     """Milliseconds if every warp waits for itself, and only the other warps of its SM fill the gaps."""
@@ -142,7 +148,6 @@ def waiting(label: str, found: dict) -> float:
         return 0.0                                        # one state a thread, and no time to speak of
     cycles = LOADS / (n * st.STEPS) + sum(wait * found[kind] for kind, wait in WAITS.items())
     return b * l * d * n / 32 * cycles / (SMS * warps(found) * CLOCK) * 1e3
-
 
 def floors() -> dict[str, dict]:
     """Milliseconds a forward, and a forward and backward, take of each resource at the least, however made.
@@ -155,7 +160,6 @@ def floors() -> dict[str, dict]:
     return {name: {"HBM": rows * row, "MUFU": exps * updates / LANES["MUFU"],
                    "issue": instructions * updates / LANES["issue"]}
             for name, rows, exps, instructions in (("forward", 4, 1, 4), ("forward and backward", 11, 2, 16))}
-
 
 class Live(TorchDispatchMode):
     """Counts the bytes that are alive, and their peak, of the tensors made inside."""
@@ -178,72 +182,70 @@ class Live(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
-
 def memory() -> tuple[int, int]:
     """Bytes that the 7B's layer keeps from forward to backward beyond its inputs, and the backward's scratch
     at its peak, beyond the gradients: measured on meta tensors, which have a size and no data."""
-    class Stub:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
+    def no_launch(*args, **sizes):
+        pass
 
-    real = {kernel.__name__: kernel for kernel in KERNELS.values()}
-    for name in real:
-        setattr(st, name, Stub())
-    try:
-        with Live() as live:
-            wide = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
-            full = lambda *shape: torch.empty(*shape, device="meta")
-            x, dt, z, dy = (wide(b, l, d) for _ in range(4))
-            A, B, C, D, bias = full(d, n).mT, full(b, l, n), full(b, l, n), full(d), full(d)
-            dh, enter = full(b, d, n).mT, full(b, chunks(), n, d)
-            before = live.now
-            grads = st.scan_backward._init_fn(dy, dh, enter, x, dt, A, B, C, D, bias, z, None)
-            return enter.nbytes, live.peak - before - sum(g.nbytes for g in grads)
-    finally:
-        for name, kernel in real.items():
-            setattr(st, name, kernel)
-
+    with Live() as live, torch.device("meta"), mock.patch.object(st, "launch", no_launch):
+        dy, x, dt, z = (torch.empty(b, l, d, dtype=torch.bfloat16) for _ in range(4))
+        B, C = torch.empty(2, b, l, n)
+        D, bias = torch.empty(2, d)
+        A = torch.empty(d, n).mT
+        dh = torch.empty(b, d, n).mT
+        kept = torch.empty(b, chunks(), n, d)
+        before = live.now
+        grads = st.scan_backward._init_fn(dy, dh, kept, x, dt, A, B, C, D, bias, z, None)
+        return kept.nbytes, live.peak - before - sum(g.nbytes for g in grads)
 
 def measured() -> None:
     """On a GPU: medians of CUDA events over eight sets of inputs, mamba_ssm's kernel beside, if installed."""
-    def sets():
-        r = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
-        v = lambda value: torch.full((d,), float(value), device="cuda")
-        A = -torch.arange(1, n + 1, device="cuda").float().repeat(d, 1)
-        return [[t.requires_grad_() for t in (r(b, l, d), r(b, l, d), A.clone(), r(b, l, n), r(b, l, n), v(1),
-                                              r(b, l, d), v(-4))] for _ in range(8)]
-
-    def median(run, inputs):
-        times = []
-        for p in inputs[:2] + inputs:             # the first two warm up
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(p)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return sorted(times[2:])[len(inputs) // 2]
-
-    def both_ways(scan):
-        return lambda p: torch.autograd.grad(scan(p), p, torch.ones_like(p[0]))
-
-    scans = {"ours": lambda p: st.selective_scan(*p)[0]}
+    scans = {"ours": ours}
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        t = lambda v: v.transpose(1, 2)
-        scans["mamba_ssm"] = lambda p: t(selective_scan_fn(t(p[0]), t(p[1]), p[2], t(p[3]), t(p[4]), p[5],
-                                                           t(p[6]), p[7], True))
+        import mamba_ssm
+        scans["mamba_ssm"] = theirs
     except ImportError:
         print("mamba_ssm is not installed: no kernel to compare with")
-    inputs = sets()
+    sets = [inputs() for _ in range(8)]
     for name, scan in scans.items():
-        with torch.no_grad():
-            took = {"forward": median(scan, inputs)}
-        took["forward and backward"] = median(both_ways(scan), inputs)
-        print(f"measured on {torch.cuda.get_device_name()}, {name}: " + ", ".join(
-            f"{way} {ms:.2f} ms ({max(floors()[way].values()) / ms:.0%} of an H100's floor)"
-            for way, ms in took.items()))
+        def both_ways(p):
+            return torch.autograd.grad(scan(*p), p, torch.ones_like(p[0]))
 
+        with torch.no_grad():
+            took = {"forward": median(lambda p: scan(*p), sets)}
+        took["forward and backward"] = median(both_ways, sets)
+        for way, ms in took.items():
+            print(f"measured on {torch.cuda.get_device_name()}, {name}: {way} {ms:.2f} ms "
+                  f"({max(floors()[way].values()) / ms:.0%} of an H100's floor)")
+
+def inputs() -> list[torch.Tensor]:
+    """x, dt, A, B, C, D, z and dt_bias of a layer."""
+    x, dt, z = torch.randn(3, b, l, d, device="cuda", dtype=torch.bfloat16)
+    B, C = torch.randn(2, b, l, n, device="cuda", dtype=torch.bfloat16)
+    A = -torch.arange(1.0, n + 1, device="cuda").repeat(d, 1)
+    D = torch.ones(d, device="cuda")
+    return [v.clone().requires_grad_() for v in (x, dt, A, B, C, D, z, D - 5)]
+
+def ours(*p):
+    return st.selective_scan(*p)[0]
+
+def theirs(x, dt, A, B, C, D, z, dt_bias):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    y = selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT, D, z.mT, dt_bias, True)
+    return y.mT
+
+def median(run, sets: list) -> float:
+    times = []
+    for p in sets[:2] + sets:                 # the first two warm up
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(p)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[2:])[len(sets) // 2]
 
 def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
     """Estimated milliseconds of a layer's forward and of its backward."""
@@ -256,7 +258,6 @@ def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
                 slowest = max(slowest, waiting(label, found))
             ms["backward" if "backward" in label else "forward"] += slowest
     return ms
-
 
 def main() -> None:
     if not isinstance(st.scan_kernel, triton.JITFunction):
@@ -299,7 +300,6 @@ def main() -> None:
         measured()
     else:
         print("no GPU here: nothing was timed")
-
 
 if __name__ == "__main__":
     main()

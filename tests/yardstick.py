@@ -17,7 +17,6 @@ from train import RECIPES, byte_tokenizer, read_source, standard_library
 
 LAST = 4            # bytes that the n-gram model looks back: with 3 or 5 it takes more bits
 
-
 def ngram_bits(seen: bytes, text: bytes) -> float:
     """By Witten and Bell's smoothing: the more kinds of bytes followed, the more counts a byte less."""
     grams = Counter(seen[i - n:i + 1] for n in range(LAST + 1) for i in range(n, len(seen)))
@@ -35,7 +34,6 @@ def ngram_bits(seen: bytes, text: bytes) -> float:
         bits -= math.log2(p)
     return bits
 
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path, help="the folder that `python train.py` made")
@@ -46,7 +44,7 @@ if __name__ == "__main__":
     except (ValueError, KeyError) as e:
         parser.error(f"{out} holds no run that has come to its end: {e}")
     tokenizer = byte_tokenizer()
-    source = read_source("text", standard_library(), tokenizer, tokenizer.token_to_id("<|endoftext|>"))
+    source = read_source(standard_library(), tokenizer, tokenizer.token_to_id("<|endoftext|>"))
     l = RECIPES["tiny"].longest
     starts = range(0, len(source.held_out) - l, l)
     rows = [source.held_out[start + 1:start + l + 1] for start in starts[::math.ceil(len(starts) / 128)]]
