@@ -26,6 +26,7 @@ FILES = ["scan.py", "scan_triton.py", "mamba.py", "sample.py", "train.py"]
 SHORT = "--context 16 --total-tokens 400 --batch-start 1 --batch-end 2 --device cpu"
 TINY = f"{SHORT} --d-model 16 --n-layer 1"
 RUNS = {
+    "--nnodes 32 --nproc-per-node 8": "--nnodes 1 --nproc-per-node 1",
     "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt":
         "python -m pip install --dry-run --no-index --quiet -r requirements.txt",       # .ci/run installs
     "python train.py": f"python train.py {TINY}",
@@ -46,14 +47,17 @@ RUNS = {
     "--total-tokens 20_000_000 --d-model 256": TINY,
     "--tokenizer tokenizer.json --tokenize-to": "--tokenize-to",
     "--eval-only --init-from mine --data books/": "--eval-only --init-from mine --data books/ --device cpu",
-    "--nnodes 32 --nproc-per-node 8": "--nnodes 1 --nproc-per-node 1",
     "--rdzv-endpoint host:29500": "--rdzv-endpoint localhost:0",
     "--recipe falcon-mamba-7b --data": f"--recipe falcon-mamba-7b {TINY} --data",
 }
 
 def at_a_small_size(command: str) -> str:
+    """A whole line of RUNS, or the line with those parts replaced that RUNS has."""
+    if command in RUNS:
+        return RUNS[command]
     for text, small in RUNS.items():
-        command = command.replace(text, small)
+        if text.lstrip().startswith("-"):
+            command = command.replace(text, small)
     return command
 
 def ahead(place: Path) -> dict[str, subprocess.CompletedProcess]:
