@@ -503,7 +503,8 @@ class Trainer:
         if not math.isfinite(loss + norm):
             raise ValueError(f"the loss, {loss}, or its gradient's norm, {norm}, is not finite at step "
                              f"{self.step}; begin again with a lower --lr")
-        rate = learning_rate(self.recipe, self.tokens)      # at the step's end: at first it is 0
+        # Of the step's end, because at the start of the first one it is 0. In the ramp it is so of the next batch's size.
+        rate = learning_rate(self.recipe, self.tokens)
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
