@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import draw
+import marks
 from mamba import Mamba, MambaConfig
 from train import byte_tokenizer
 
@@ -66,5 +67,5 @@ def test_steps_have_a_cell_for_each_layer_and_token_and_any_text_beside(tmp_path
     assert torch.equal(model(torch.tensor([tokens[:9]]))[0], before)
 
 def test_a_long_step_is_a_full_cell_in_each_layer_by_itself():
-    assert draw.shades_of([1, 10, 100]) == [0.1, 0.6, 1.0]
-    assert draw.shades_of([0.01, 0.01]) == [0.6, 0.6]
+    assert marks.shades([1, 10, 100]) == [0.1, 0.6, 1.0]
+    assert marks.shades([0.01, 0.01]) == [0.6, 0.6]
