@@ -54,7 +54,7 @@ def train(model: Mamba, steps: int, length: int) -> list[tuple[int, float]]:
         adam.step()
         adam.zero_grad()
         if step % 25 == 0 or step == steps:
-            curve.append((step, accuracy(model, length)))
+            curve.append((step, round(accuracy(model, length), 4)))
     return curve
 
 @torch.no_grad()
@@ -62,6 +62,19 @@ def accuracy(model: Mamba, length: int) -> float:
     tokens, letters = sequences(256, length)
     said = model(tokens)[0][:, length:].argmax(-1)
     return (said == letters).float().mean().item()
+
+def telling_steps(model: Mamba, length: int) -> dict:
+    """A sequence, and its steps in the channel where letters last longest beside noise."""
+    tokens = sequences(1, length)[0][0]
+    found = {}
+
+    def see(mixer, x, delta, B):
+        is_letter = (tokens != NOISE) & (tokens != ASK)
+        logs = delta.log()                                                  # (l, d)
+        longer = logs[is_letter].mean(0) - logs[tokens == NOISE].mean(0)    # (d,)
+        found["delta"] = draw.rounded(delta[:, longer.argmax()])
+    draw.read_along(model, tokens.tolist(), see)
+    return found | {"text": "".join("·abcdefgh?"[token] for token in tokens)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train on selective copying, twice.")
@@ -73,16 +86,13 @@ def main() -> None:
     found = {}
     for name in "learned", "fixed":
         torch.manual_seed(args.seed)
-        model = fresh_model(name == "learned")
-        curve = train(model, args.steps, args.length)
-        lengths = {l: accuracy(model, l) for l in (args.length, 2 * args.length, 4 * args.length)}
-        words = [f"{part:.1%} of the letters in {l} tokens" for l, part in lengths.items()]
-        print(f"steps {name}: {', '.join(words)}", flush=True)
-        found[name] = curve
+        model = fresh_model(learned=name == "learned")
+        found[name] = train(model, args.steps, args.length)
+        parts = [f"{accuracy(model, times * args.length):.1%} in {times * args.length}"
+                 for times in (1, 2, 4)]
+        print(f"steps {name}: of the letters {', '.join(parts)} tokens", flush=True)
         if name == "learned":
-            tokens = sequences(1, args.length)[0][0].tolist()
-            found["text"] = "".join("·abcdefgh?"[token] for token in tokens)
-            found["delta"] = draw.mean_steps(model, tokens)[0]
+            found |= telling_steps(model, args.length)
     if args.keep:
         (draw.ASSETS / "copying.json").write_text(json.dumps(found) + "\n")
         (draw.ASSETS / "copying.svg").write_text(draw.copying(), encoding="utf-8")

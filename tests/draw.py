@@ -7,7 +7,7 @@
 block, tree and passes are laid out by hand. schedule asks train.py's own functions. All others show
 figures that lie in assets/ too, and a run must be shown anew to change them:
 
-    python tests/draw.py out --keep loss        loss.jsonl and model.json: the default run, its model
+    python tests/draw.py out --keep loss        loss.jsonl, model.json: of the default run
     python tests/draw.py a-0 b-0 --keep decay   runs.json: several runs for decay.svg
     python tests/copying.py --keep              copying.json
     python tests/bench.py --save assets/bench.json
@@ -18,8 +18,8 @@ import math
 import sys
 from pathlib import Path
 
-from marks import (COLORS, arrow, bars, box, cells, chart, dot, legend, line, rect, sign, svg,
-                   text)
+from marks import (COLORS, arrow, bars, box, cells, chart, dot, legend, line, rect, sign,
+                   strip, svg, text)
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
@@ -72,13 +72,13 @@ def losses(rows: list[dict], title: str) -> str:
         for source, nats in row["held_out"].items():
             held_out.setdefault(source, []).append((row["tokens"] / unit, nats))
     words = {"each step": 0}
-    dots = {}
+    dots = []
     for color, (source, points) in enumerate(held_out.items(), 1):
         color %= COLORS
         words[f"held-out {source:.20}: {points[-1][1]:.4g}"] = color
-        dots[color] = dots.get(color, []) + points
-    marks = chart(62, 48, 420, 200, "loss, nats a token", under, {0: training}, dots)
-    marks += chart(562, 48, 210, 200, "learning rate", under, {2: rate})
+        dots.append((color, points))
+    marks = chart(62, 48, 420, 200, "loss, nats a token", under, [(0, training)], dots)
+    marks += chart(562, 48, 210, 200, "learning rate", under, [(2, rate)])
     for i, (entry, color) in enumerate(words.items()):
         marks += legend(804, 54 + 20 * i, {entry: color})
     return svg(1000, 304, title, marks)
@@ -95,45 +95,41 @@ def keep_losses(rows: list[dict]) -> None:
     (ASSETS / "loss.jsonl").write_text("".join(lines))
 
 def read_runs(folders: list[Path]) -> dict[str, list]:
-    """Runs by the name of their folder without the number at its end, which is the seed.
-
-    Of each run the last loss on held-out text, and the mean losses of thirty stretches of it.
-    """
+    """Held-out losses, as (tokens, loss), of each run in its group: "no-decay-0" is in "no decay"."""
     groups = {}
     for folder in folders:
-        rows = read_metrics(folder / "metrics.jsonl")
-        stretch = rows[-1]["tokens"] / 30
-        parts = {}                                  # stretch -> its losses
-        for row in rows:
-            parts.setdefault(math.ceil(row["tokens"] / stretch), []).append(row["loss"])
-        curve = []
-        for i, values in sorted(parts.items()):
-            curve.append((round(stretch * i), round(sum(values) / len(values), 4)))
-        end = [round(nats, 4) for nats in rows[-1]["held_out"].values()]
-        name = folder.name.rstrip("0123456789").rstrip("-")
-        groups.setdefault(name, []).append({"curve": curve, "held_out": end})
+        points = []
+        for row in read_metrics(folder / "metrics.jsonl"):
+            if row["held_out"]:
+                nats = sum(row["held_out"].values()) / len(row["held_out"])     # over the sources
+                points.append((row["tokens"], round(nats, 4)))
+        if not points:
+            raise ValueError(f"the run in {folder} has no loss on held-out text yet")
+        name = folder.name.rstrip("0123456789").replace("-", " ").strip()
+        groups.setdefault(name, []).append(points)
     return groups
 
-def compare(groups: dict[str, list], title: str, skip: float = 0.2) -> str:
-    """A curve each group of runs, a mean over its seeds, without the first part of the run."""
-    end = max(run["curve"][-1][0] for runs in groups.values() for run in runs)
-    unit, under = unit_of(end)
-    curves = {}
+def compare(groups: dict[str, list], title: str) -> str:
+    """The held-out losses of runs, a colour each group: in time if there are several, at the end."""
+    curves = []
+    ends = []
+    for color, (name, runs) in enumerate(groups.items()):
+        color %= COLORS
+        ends.append((name, color, [points[-1][1] for points in runs]))
+        curves += [(color, points) for points in runs]
+    low = 0.98 * min(loss for color, points in curves for _, loss in points)
     marks = []
-    for i, (name, runs) in enumerate(groups.items()):
-        places = {}                                 # tokens -> the losses of all seeds
-        for run in runs:
-            for tokens, loss in run["curve"]:
-                places.setdefault(tokens, []).append(loss)
-        curves[i % COLORS] = [(tokens / unit, sum(losses) / len(losses))
-                              for tokens, losses in sorted(places.items()) if tokens >= skip * end]
-        ends = [f"{nats:.3f}" for run in runs for nats in run["held_out"]]
-        marks += legend(560, 60 + 40 * i, {name: i % COLORS})
-        marks.append(text(572, 80 + 40 * i, ", ".join(ends), "small soft", "start"))
-    low = min(loss for curve in curves.values() for _, loss in curve)
-    marks += chart(62, 48, 450, 220, "loss, nats a token", under, curves, low=0.97 * low)
-    marks.append(text(560, 36, "held-out loss at the end, each seed", "", "start"))
-    return svg(920, 324, title, marks)
+    top = 50
+    if any(len(points) > 1 for color, points in curves):
+        unit, under = unit_of(max(points[-1][0] for color, points in curves))
+        near = []                   # not the beginning, from where all fall steeply
+        for color, points in curves:
+            near.append((color, [(tokens / unit, loss) for tokens, loss in points if loss < 1.3 * low]))
+        marks += chart(62, 48, 620, 220, "held-out loss, nats a token", under, near, low=low)
+        top = 350
+    marks.append(text(62, top - 14, "held-out loss at the end: a dot each seed", "", "start"))
+    marks += strip(230, top, 450, ends)
+    return svg(720, top + 30 * len(ends) + 40, title, marks)
 
 # The steps and states of a model
 
@@ -149,7 +145,7 @@ class Stack:
 '''
 
 def read_along(model, tokens: list[int], see) -> None:
-    """The model reads, and in each layer see(mixer, x, delta, B) is called: (l, d), (l, d), (l, n)."""
+    """The model reads, and each layer calls see(mixer, x, delta, B): (l, d), (l, d), (l, n)."""
     import torch
     import torch.nn.functional as F
     mixers = [layer.mixer for layer in model.backbone.layers]
@@ -243,7 +239,8 @@ def block() -> str:
     marks.append(text(24, 34, "the residual stream, 4096 wide, fp32", "small soft", "start"))
     # x, along the upper row
     marks += [arrow((66, 46), (66, 110)), *box(20, 110, 92, 44, "RMSNorm")]
-    marks += [arrow((112, 132), (130, 132)), *box(130, 110, 108, 44, "in_proj", "4096 → 2 · 8192")]
+    marks.append(arrow((112, 132), (130, 132)))
+    marks += box(130, 110, 108, 44, "in_proj", "4096 → 2 · 8192")
     marks += [arrow((238, 132), (282, 132)), text(260, 124, "x")]
     marks += box(282, 110, 64, 44, "conv", "4 taps")
     marks += [arrow((346, 132), (364, 132)), *box(364, 110, 56, 44, "SiLU")]
@@ -265,13 +262,14 @@ def block() -> str:
     marks += [arrow((915, 212), (934, 212)), *box(934, 190, 84, 44, "out_proj", "8192 → 4096")]
     marks += [arrow((976, 190), (976, 59)), *sign(976, 46, "+")]
     marks.append(rect(20, 212, 18, 18, "new"))
-    for i, words in enumerate(["the three norms that", "Falcon-Mamba adds to", "Mamba: no weights"]):
+    note = ["the three norms that", "Falcon-Mamba adds to", "Mamba: no weights"]
+    for i, words in enumerate(note):
         marks.append(text(46, 226 + 17 * i, words, "small", "start"))
     title = "One Falcon-Mamba layer: the Mamba block, with three RMSNorms on dt, B and C"
     return svg(1078, 386, title, marks)
 
 def merges(steps: list[int]) -> list[list[tuple[int, int, int]]]:
-    """The moves of scan.py's merge_pairs over these steps: in each, who is merged into whom, and a colour."""
+    """The moves of scan.py's merge_pairs: in each, who is merged into whom, and a colour."""
     if len(steps) == 1:
         return []
     odd = steps[1::2]
@@ -318,29 +316,38 @@ def passes() -> str:
         return marks + [dot(starts(k) + 12 + 24 * i, y, color) for i in range(6)]
 
     marks = []
-    for y, name, words in [(60, "pass 1", ["every chunk at once,", "from a state of 0"]),
-                           (190, "pass 2", ["one step a chunk,", "chunk after chunk"]),
-                           (320, "pass 3", ["every chunk at once, from", "the state that enters it"])]:
+    passes = [(60, "pass 1", "every chunk at once,", "from a state of 0"),
+              (190, "pass 2", "one step a chunk,", "chunk after chunk"),
+              (320, "pass 3", "every chunk at once, from", "the state that enters it")]
+    for y, name, words, more in passes:
         marks.append(text(24, y - 8, name, "", "start"))
-        for i, each in enumerate(words):
-            marks.append(text(24, y + 12 + 17 * i, each, "small soft", "start"))
+        marks.append(text(24, y + 12, words, "small soft", "start"))
+        marks.append(text(24, y + 29, more, "small soft", "start"))
     for k in range(4):
         middle = starts(k) + 66
+        edge = starts(k) - 12
         # pass 1: all steps of a chunk become one
-        marks.append(text(starts(k) - 9, 65, "0", "small soft"))
+        marks.append(text(edge + 3, 65, "0", "small soft"))
         marks += steps(k, 60, 0)
-        marks += [arrow((middle, 70), (middle, 96)), *box(middle - 58, 96, 116, 40, "decay, local", "one merged step")]
+        marks.append(arrow((middle, 70), (middle, 96)))
+        marks += box(middle - 58, 96, 116, 40, "decay, local", "one merged step")
         # pass 2: the walk over those
-        marks += [dot(starts(k) - 12, 190, 2, 7), arrow((starts(k) - 4, 190), (starts(k + 1) - 20, 190))]
-        marks += [arrow((middle, 136), (middle, 184)), text(middle, 210, "decay · h + local", "small")]
+        marks.append(dot(edge, 190, 2, 7))
+        marks.append(arrow((edge + 8, 190), (starts(k + 1) - 20, 190)))
+        marks.append(arrow((middle, 136), (middle, 184)))
+        marks.append(text(middle, 210, "decay · h + local", "small"))
         # pass 3: the chunk's steps again, now from the right state
-        marks += [arrow((starts(k) - 12, 198), (starts(k) - 12, 320), (starts(k), 320)), *steps(k, 320, 1)]
+        marks.append(arrow((edge, 198), (edge, 320), (starts(k), 320)))
+        marks += steps(k, 320, 1)
         for i in range(6):
             x = starts(k) + 12 + 24 * i
-            marks += [arrow((x, 326), (x, 350)), text(x, 366, "y", "small")]
-    marks += [text(starts(0) - 24, 186, "h0", "", "end"), dot(starts(4) - 12, 190, 2, 7)]
+            marks.append(arrow((x, 326), (x, 350)))
+            marks.append(text(x, 366, "y", "small"))
+    marks.append(text(starts(0) - 24, 186, "h0", "", "end"))
+    marks.append(dot(starts(4) - 12, 190, 2, 7))
     marks.append(text(starts(4) - 12, 176, "last h"))
-    return svg(930, 392, "The scan on a GPU in three passes: a chunk of steps is one merged step", marks)
+    title = "The scan on a GPU in three passes: a chunk of steps is one merged step"
+    return svg(930, 392, title, marks)
 
 def states() -> str:
     """One channel of the default run's model over a snippet: a long step writes and forgets."""
@@ -374,14 +381,17 @@ def copying() -> str:
     found = read("copying.json")
     colors = {"Δ computed from the token": 0, "Δ fixed": 1}
     marks = legend(62, 24, colors)
-    curves = {0: found["learned"], 1: found["fixed"]}
+    curves = [(0, found["learned"]), (1, found["fixed"])]
     marks += chart(62, 78, 360, 150, "letters said correctly", "steps of training", curves)
-    marks.append(text(500, 66, "Δ of a text, as computed: noise (·) passes by", "", "start"))
+    marks.append(text(500, 66, "Δ in a channel of the first: noise (·) passes by", "", "start"))
     marks += bars(500, 210, 14, found["text"], found["delta"])
     return svg(1040, 290, "Selective copying: what a step computed from the token buys", marks)
 
 def decay() -> str:
+    """The default run without its decay, and one that goes on from there with a decay."""
     groups = read("runs.json")["decay"]
+    for points in groups["continued with decay"]:
+        points[:] = [(700_000 + tokens, loss) for tokens, loss in points]
     return compare(groups, "What the decay of the learning rate buys")
 
 def ramp() -> str:
@@ -392,21 +402,20 @@ def norms() -> str:
 
 def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
-    from train import RECIPES, batch_size, context_length, learning_rate    # here: it takes seconds to import
-    recipe = RECIPES["falcon-mamba-7b"]
-    panels = {
-        "learning rate": learning_rate,
-        "sequences a step": batch_size,
-        "tokens a sequence": context_length,
-    }
+    import train        # here, because it takes seconds
+    recipe = train.RECIPES["falcon-mamba-7b"]
+    panels = {"learning rate": train.learning_rate, "sequences a step": train.batch_size,
+              "tokens a sequence": train.context_length}
     marks = []
     for row, end in enumerate([100 * 10**9, recipe.total_tokens]):
         seen = [end * i // 400 for i in range(401)]
         for column, (title, value) in enumerate(panels.items()):
             curve = [(tokens / 10**9, value(recipe, tokens)) for tokens in seen]
-            marks += chart(62 + 300 * column, 48 + 210 * row, 220, 120, title, "billion tokens seen",
-                           {column: curve})
-    return svg(922, 444, "The schedule of Falcon-Mamba-7B: its beginning above, the whole run below", marks)
+            left = 62 + 300 * column
+            top = 48 + 210 * row
+            marks += chart(left, top, 220, 120, title, "billion tokens seen", [(column, curve)])
+    title = "The schedule of Falcon-Mamba-7B: its beginning above, the whole run below"
+    return svg(922, 444, title, marks)
 
 def loss() -> str:
     rows = read_metrics(ASSETS / "loss.jsonl")
@@ -418,9 +427,9 @@ def cost() -> str:
     panels = {"ms": "milliseconds a token", "state_mb": "what is kept of the text, in MB"}
     marks = legend(68, 24, {"Falcon-Mamba, this code": 0, "attention": 1})
     for column, (name, title) in enumerate(panels.items()):
-        curves = {}
+        curves = []
         for color, peer in enumerate(["ours", "attention"]):
-            curves[color] = [(row["tokens"], row[name]) for row in rounds[peer]]
+            curves.append((color, [(row["tokens"], row[name]) for row in rounds[peer]]))
         left = 62 + 380 * column
         marks += chart(left, 78, 290, 144, title, "tokens before it", curves, log=True)
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)

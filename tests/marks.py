@@ -14,8 +14,8 @@ DARK = {"plate": "#0d1117", "edge": "#3d444d", "ink": "#e6edf3", "soft": "#9198a
         "lines": ["#58a6ff", "#ffa657", "#3fb950", "#d2a8ff", "#ff9bce", "#e3b341"]}
 RULES = """.plate{{fill:{plate};stroke:{edge}}} text{{fill:{ink};font:15px system-ui,sans-serif}}
 .small{{font-size:12px}} .soft{{fill:{soft}}} .box{{fill:{box};stroke:{soft}}}
-.new{{fill:{new};stroke:{new_edge};stroke-width:2}} .line{{fill:none;stroke:{soft};stroke-width:1.5}}
-.tip{{fill:{soft}}} .grid{{stroke:{edge}}}
+.new{{fill:{new};stroke:{new_edge};stroke-width:2}}
+.line{{fill:none;stroke:{soft};stroke-width:1.5}} .tip{{fill:{soft}}} .grid{{stroke:{edge}}}
 """
 COLORS = len(LIGHT["lines"])
 
@@ -96,13 +96,13 @@ def ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, last + 1)]
 
 def chart(left: int, top: int, width: int, height: int, title: str, under: str,
-          curves: dict[int, list], dots: dict[int, list] = {}, log: bool = False,
+          curves: list[tuple], dots: list[tuple] = [], log: bool = False,
           low: float = 0) -> list[str]:
-    """A panel of curves and dots: colour -> points (x, y). y begins at `low`.
+    """A panel of curves and dots, each a colour and its points (x, y). y begins at `low`.
 
     With `log`, x is drawn by its logarithm.
     """
-    points = [point for each in [*curves.values(), *dots.values()] for point in each]
+    points = [point for color, each in [*curves, *dots] for point in each]
     place = math.log10 if log else float
     first = min(place(x) for x, y in points)
     last = max(place(x) for x, y in points)
@@ -125,10 +125,29 @@ def chart(left: int, top: int, width: int, height: int, title: str, under: str,
     for x in sorted({x for x, y in points}) if log else ticks(first, last):
         words = f"{x / 1024:g}k" if log and x >= 1024 else f"{x:g}"
         marks.append(text(across(x), top + height + 18, words, "small soft"))
-    for color, each in curves.items():
+    for color, each in curves:
         marks.append(line(*((across(x), up(y)) for x, y in each), classes=f"line{color}"))
-    for color, each in dots.items():
+    for color, each in dots:
         marks += [dot(across(x), up(y), color, 4) for x, y in each]
+    return marks
+
+def strip(left: int, top: int, width: int, groups: list[tuple]) -> list[str]:
+    """A row each group, (name, colour, values): a dot each value."""
+    values = [value for name, color, each in groups for value in each]
+    low = min(values)
+    span = max(values) - low or 1
+    bottom = top + 30 * len(groups)
+
+    def across(value):
+        return left + (value - low) / span * width
+    marks = []
+    for value in ticks(low, low + span):
+        marks.append(line((across(value), top), (across(value), bottom), classes="grid"))
+        marks.append(text(across(value), bottom + 16, f"{value:g}", "small soft"))
+    for i, (name, color, each) in enumerate(groups):
+        y = top + 15 + 30 * i
+        marks.append(text(left - 16, y + 4, name, "small", "end"))
+        marks += [dot(across(value), y, color) for value in each]
     return marks
 
 def visible(word: str) -> str:

@@ -1,7 +1,7 @@
-"""Train without a part of Falcon-Mamba, to see what it is for: the variants are here, not in the model.
+"""Train without a part of Falcon-Mamba, to see what it is for.
 
-    python tests/without.py dt,B,C --out runs/without-norms     no norm of dt, B and C
-    python tests/without.py scaling --out runs/without-scaling  a batch that grows at a constant rate
+    python tests/without.py dt,B,C --out without-norms      no norm of dt, B and C
+    python tests/without.py scaling --out without-scaling   the batch grows, the rate does not
 
 All else are train.py's flags. `python tests/draw.py runs/*` draws such runs over one another.
 """
