@@ -18,12 +18,12 @@ import math
 import sys
 from pathlib import Path
 
-from marks import (COLORS, arrow, bars, box, cells, chart, dot, legend, line, rect, sign,
-                   strip, svg, text)
-
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
 sys.path.insert(0, str(ROOT))
+
+from tests.marks import (COLORS, arrow, bars, box, cells, chart, dot, legend, line, rect, sign,
+                         strip, svg, text)
 
 # The losses of runs
 
@@ -95,13 +95,13 @@ def keep_losses(rows: list[dict]) -> None:
     (ASSETS / "loss.jsonl").write_text("".join(lines))
 
 def read_runs(folders: list[Path]) -> dict[str, list]:
-    """Held-out losses, as (tokens, loss), of each run in its group: "no-decay-0" is in "no decay"."""
+    """The held-out losses of each run, in its group: "no-decay-0" is one of "no decay"."""
     groups = {}
     for folder in folders:
-        points = []
+        points = []                                 # (tokens, mean over the sources)
         for row in read_metrics(folder / "metrics.jsonl"):
             if row["held_out"]:
-                nats = sum(row["held_out"].values()) / len(row["held_out"])     # over the sources
+                nats = sum(row["held_out"].values()) / len(row["held_out"])
                 points.append((row["tokens"], round(nats, 4)))
         if not points:
             raise ValueError(f"the run in {folder} has no loss on held-out text yet")
@@ -110,24 +110,26 @@ def read_runs(folders: list[Path]) -> dict[str, list]:
     return groups
 
 def compare(groups: dict[str, list], title: str) -> str:
-    """The held-out losses of runs, a colour each group: in time if there are several, at the end."""
+    """Held-out losses, a colour each group: as curves, if a run has several, and at the end."""
+    runs = [points for group in groups.values() for points in group]
+    unit, under = unit_of(max(points[-1][0] for points in runs))
+    low = 0.98 * min(loss for points in runs for _, loss in points)
     curves = []
     ends = []
-    for color, (name, runs) in enumerate(groups.items()):
-        color %= COLORS
-        ends.append((name, color, [points[-1][1] for points in runs]))
-        curves += [(color, points) for points in runs]
-    low = 0.98 * min(loss for color, points in curves for _, loss in points)
+    for i, (name, group) in enumerate(groups.items()):
+        color = i % COLORS
+        ends.append((name, color, [points[-1][1] for points in group]))
+        for points in group:        # without the beginning, from where all fall steeply
+            near = [(tokens / unit, loss) for tokens, loss in points if loss < 1.3 * low]
+            if len(near) > 1:
+                curves.append((color, near))
     marks = []
     top = 50
-    if any(len(points) > 1 for color, points in curves):
-        unit, under = unit_of(max(points[-1][0] for color, points in curves))
-        near = []                   # not the beginning, from where all fall steeply
-        for color, points in curves:
-            near.append((color, [(tokens / unit, loss) for tokens, loss in points if loss < 1.3 * low]))
-        marks += chart(62, 48, 620, 220, "held-out loss, nats a token", under, near, low=low)
+    if curves:
+        marks += chart(62, 48, 620, 220, "held-out loss, nats a token", under, curves, low=low)
         top = 350
-    marks.append(text(62, top - 14, "held-out loss at the end: a dot each seed", "", "start"))
+    words = "held-out loss at the end: a dot each seed"
+    marks.append(text(62, top - 14, words, "", "start"))
     marks += strip(230, top, 450, ends)
     return svg(720, top + 30 * len(ends) + 40, title, marks)
 

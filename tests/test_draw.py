@@ -8,10 +8,10 @@ import torch
 
 import copying
 import draw
-import marks
 import mamba
 from mamba import Mamba, MambaConfig
 from scan import selective_scan
+from tests.marks import shades
 from train import byte_tokenizer
 
 def elements(picture):
@@ -89,8 +89,8 @@ def test_steps_have_a_cell_for_each_layer_and_token_of_any_text(tmp_path, layers
     assert torch.equal(model(torch.tensor([tokens[:9]]))[0], before)
 
 def test_a_longer_step_is_a_darker_cell():
-    assert marks.shades([1, 10, 100]) == [0.1, 0.6, 1.0]
-    assert marks.shades([0.01, 0.01]) == [0.6, 0.6]
+    assert shades([1, 10, 100]) == [0.1, 0.6, 1.0]
+    assert shades([0.01, 0.01]) == [0.6, 0.6]
 
 def test_the_steps_drawn_are_those_that_the_scan_takes(monkeypatch):
     model = Mamba(MambaConfig(vocab_size=9, d_model=16, n_layer=2))
@@ -108,7 +108,7 @@ def test_steps_of_the_copying_toy_differ_between_tokens_only_if_learned(learned)
     torch.manual_seed(0)
     model = copying.fresh_model(learned)
     curve = copying.train(model, steps=30, length=8)
-    assert curve[-1][1] > 0.2 
+    assert curve[-1][1] > 0.2
     steps = copying.telling_steps(model, 8)
     assert len(steps["delta"]) == len(steps["text"]) == 8 + copying.COUNT
     assert (len({*steps["delta"]}) > 1) == learned
