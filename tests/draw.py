@@ -386,7 +386,7 @@ def copying() -> str:
     curves = [(0, found["learned"]), (1, found["fixed"])]
     marks += chart(62, 78, 360, 150, "letters said correctly", "steps of training", curves)
     marks.append(text(500, 66, "Δ in a channel of the first: noise (·) passes by", "", "start"))
-    marks += bars(500, 210, 14, found["text"], found["delta"])
+    marks += bars(500, 228, 14, found["text"], found["delta"])
     return svg(1040, 290, "Selective copying: what a step computed from the token buys", marks)
 
 def decay() -> str:
