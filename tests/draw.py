@@ -385,7 +385,9 @@ def copying() -> str:
     marks = legend(62, 24, colors)
     curves = [(0, found["learned"]), (1, found["fixed"])]
     marks += chart(62, 78, 360, 150, "letters said correctly", "steps of training", curves)
-    marks.append(text(500, 66, "Δ in a channel of the first: noise (·) passes by", "", "start"))
+    marks.append(text(500, 66, "Δ in one channel of the first: noise (·) passes by", "", "start"))
+    note = "the bar behind a letter: the convolution still sees the letter"
+    marks.append(text(500, 264, note, "small soft", "start"))
     marks += bars(500, 228, 14, found["text"], found["delta"])
     return svg(1040, 290, "Selective copying: what a step computed from the token buys", marks)
 

@@ -13,6 +13,7 @@ from mamba import Mamba, MambaConfig
 from scan import selective_scan
 from tests.marks import shades
 from train import byte_tokenizer
+from without import selection_without
 
 def elements(picture):
     return [*ElementTree.parse(picture).iter()]
@@ -113,3 +114,12 @@ def test_steps_of_the_copying_toy_differ_between_tokens_only_if_learned(learned)
     steps = copying.telling_steps(model, 8)
     assert len(steps["delta"]) == len(steps["text"]) == 8 + copying.COUNT
     assert (len({*steps["delta"]}) > 1) == learned
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_variant_leaves_out_one_norm_and_nothing_else(part):
+    mixer = Mamba(MambaConfig(vocab_size=9, d_model=16, n_layer=1)).backbone.layers[0].mixer
+    x = torch.randn(1, 5, 32)
+    variant = selection_without([["dt", "B", "C"][part]])
+    pairs = zip(mixer.selection(x), variant(mixer, x))
+    differs = [not torch.allclose(whole, other) for whole, other in pairs]
+    assert differs == [i == part for i in range(3)]
