@@ -49,9 +49,6 @@ def run(folder, monkeypatch, capsys):
         return capsys.readouterr()
     return run
 
-def tokens_of(model, prompt, count, **options):
-    return torch.stack([*generate(model, prompt, count, **options)], 1)
-
 def last_state(steps):
     """What is left when all steps have been taken."""
     while True:
@@ -87,35 +84,31 @@ def test_the_state_in_the_end_can_be_read_on_from_and_differentiated(folder):
     assert model.backbone.embeddings.weight.grad[4].abs().sum() > 0
 
 def test_a_stopped_row_goes_on_yielding_its_stop_and_all_stopped_ends(model):
-    prompt = torch.tensor([[1, 2], [3, 4]])
-    free = tokens_of(model, prompt, 12, temperature=0).tolist()
+    def made(count, **options):
+        steps = generate(model, torch.tensor([[1, 2], [3, 4]]), count, temperature=0, **options)
+        return torch.stack([*steps], 1).tolist()
+    free = made(12)
     stop = [free[0][2], free[1][4]]
-    made = tokens_of(model, prompt, 12, temperature=0, stop=stop).tolist()
-    for row, whole in zip(made, free):
+    stopped = made(12, stop=stop)
+    for row, whole in zip(stopped, free):
         first = min(whole.index(token) for token in stop if token in whole)
         assert row == whole[:first] + [whole[first]] * (len(row) - first)
-    assert len(made[0]) == 5
-    alone = tokens_of(model, prompt[:1], 12, temperature=0, stop=stop[0])
-    assert alone.tolist() == [free[0][:3]]
+    assert len(stopped[0]) == 5
+    assert made(4, stop=stop[0])[0] == free[0][:3] + [stop[0]]
 
-def test_top_k_and_top_p_draw_only_from_the_likeliest():
-    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().expand(2000, 4)
+@pytest.mark.parametrize("top_k, top_p, drawn", [
+    (None, None, {0, 1, 2, 3}), (10**9, 1.0, {0, 1, 2, 3}), (2, None, {1, 3}), (None, 0.75, {1, 3}),
+    (None, 0.9, {0, 1, 3}), (None, 1e-9, {1}), (3, 0.8, {1, 3})])   # .5 and .3 are 84 % of the three
+def test_only_the_likeliest_are_drawn_and_nothing_overflows(top_k, top_p, drawn):
+    probs = torch.tensor([0.15, 0.5, 0.05, 0.3])
     g = torch.Generator().manual_seed(0)
-    for top_k, top_p, drawn in [(2, None, {1, 3}), (None, 0.75, {1, 3}), (None, 0.9, {0, 1, 3}),
-                                (3, 0.8, {1, 3}),       # .5 and .3 are 84 % of the three
-                                (None, 1e-9, {1}), (10**9, None, {0, 1, 2, 3})]:
-        assert {*choose(logits, 1.0, top_k, top_p, g).tolist()} == drawn
-    counts = choose(logits, 1.0, None, None, g).bincount(minlength=4) / 2000
-    assert (counts - logits[0].exp()).abs().max() < 0.05
-
-@pytest.mark.parametrize("top_k, top_p", [(None, None), (3, None), (None, 0.9), (10**9, 1.0)])
-def test_no_temperature_overflows(top_k, top_p):
-    logits = torch.tensor([[1e30, 3e38, -3e38, 2e38]]).expand(500, 4)
-    g = torch.Generator().manual_seed(0)
-    for temperature in 0, 1e-320, 1e-46, 1e-39, 1e-30, 1:
-        assert {*choose(logits, temperature, top_k, top_p, g).tolist()} == {1}
-    flat = choose(torch.tensor([[3.0, 5.0, 1.0, 4.0]]).expand(500, 4), 1e6, top_k, top_p, g)
-    assert len({*flat.tolist()}) == (3 if top_k == 3 else 4)
+    found = choose(probs.log().expand(2000, 4), 1.0, top_k, top_p, g)
+    assert {*found.tolist()} == drawn
+    if len(drawn) == 4:
+        assert (found.bincount() / 2000 - probs).abs().max() < 0.05
+    huge = torch.tensor([[1e30, 3e38, -3e38, 2e38]])
+    for temperature in 0, 1e-320, 1e-46, 1e-30, 1:
+        assert choose(huge, temperature, top_k, top_p, g).item() == 1
 
 def test_the_same_seed_writes_the_same_text_and_only_text(run):
     flags = ["--prompt", "def ", "--max-new-tokens", 30]
@@ -180,25 +173,24 @@ def test_the_pieces_joined_are_what_decoding_the_whole_gives(kind, prompt, token
 END = 999       # no tokenizer here has it
 
 @pytest.mark.parametrize("kind, tokens, goes_on, shown", [
-    ("byte level", [*"aé€".encode(), END], False, ["a", "", "é", "", "", "€", "", "\n"]),
-    ("byte fallback", [VOCABULARY["▁a"]], False, [" a", "\n"]),        # the space is kept
-    ("byte fallback", [0xe2, 0x82, 0xe2], False, ["", "", "", "\ufffd\ufffd\ufffd\n"]),
-    ("byte fallback", [0xe2, 0x82, 0xe2], True, ["", "", "", "\n"]),
-    ("byte fallback", [0xe2, 0x82, END], True, ["", "", "\ufffd\ufffd", "\n"])])
-def test_a_character_is_shown_once_it_is_whole_or_never_will_be(capsys, kind, tokens, goes_on, shown):
-    pieces = []
-
+    ("byte level", [*byte_tokenizer().encode("aé€").ids, END], False, ["a", "", "é", "", "", "€", "", ""]),
+    ("byte fallback", [VOCABULARY["▁a"]], False, [" a", ""]),       # the space is kept
+    ("byte fallback", [0xe2, 0x82, 0xe2], False, ["", "", "", "\ufffd" * 3]),
+    ("byte fallback", [0xe2, 0x82, 0xe2], True, ["", "", "", ""]),
+    ("byte fallback", [0xe2, 0x82, END], True, ["", "", "\ufffd" * 2, ""])])
+def test_a_character_is_shown_once_it_is_whole(capsys, kind, tokens, goes_on, shown):
     def steps():
         for token in tokens:
             pieces.append(capsys.readouterr().out)
             yield torch.tensor([token, END])        # the second text has ended before the first
         pieces.append(capsys.readouterr().out)
         return "state"
+    pieces = []
     prompt = KINDS[kind].encode("a").ids
     texts = [Text(KINDS[kind], [], [*prompt], []) for _ in range(2)]
     times, state = sample.write(steps(), texts, [END], goes_on)
-    pieces.append(capsys.readouterr().out)
-    assert pieces == ["a", *shown[:-1], shown[-1] + "a\n"] and state == "state"
+    assert pieces == ["a", *shown[:-1]] and state == "state"
+    assert capsys.readouterr().out == shown[-1] + "\na\n"
     assert times == sorted(times) and len(times) == len(tokens) + 1
 
 @pytest.mark.parametrize("config, generation, endoftext, expected", [
@@ -216,36 +208,38 @@ def test_a_turn_of_a_chat_ends_at_any_of_its_end_tokens(run, folder):
     flags = ["--prompt", "def f(", *GREEDY, 20]
     free = run(*flags).out.removeprefix("def f(")
     file = folder / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [255, ord(free[7])]}))
+    end = byte_tokenizer().encode(free[7]).ids
+    file.write_text(json.dumps({"eos_token_id": [255, *end]}))
     made = run(*flags).out
     file.unlink()
     assert made == "def f(" + free[:free.index(free[7])] + "\n"
 
 # What is kept.
 
-@pytest.mark.parametrize("cut", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("letters", [None, "Привет, мир", "a<|endoftext|>bc"])
-def test_a_kept_state_goes_on_as_if_the_text_had_just_been_read(run, tmp_path, monkeypatch, letters, cut):
-    written = []
-
-    def letter(*_):     # two tokens make a Russian one
+@pytest.mark.parametrize("cut", range(5))
+@pytest.mark.parametrize("letters", [None, "Привет, мир"])
+def test_a_kept_state_goes_on_as_if_its_text_had_just_been_read(run, tmp_path, monkeypatch,
+                                                                letters, cut):
+    def letter(*_):     # a Russian one has two tokens
         written.append(byte_tokenizer().encode(letters).ids[len(written)])
         return torch.tensor(written[-1:])
     if letters:
         monkeypatch.setattr(sample, "choose", letter)
+    written = []
     whole = run("--prompt", "Где", *GREEDY, 12).out
-    written.clear()
+    written = []
     start = run("--prompt", "Где", *GREEDY, cut, "--save-state", tmp_path / "kept").out
     end = run("--load-state", tmp_path / "kept", *GREEDY, 12 - cut).out
     assert start.removesuffix("\n") + end == whole
 
 def test_one_kept_state_goes_on_in_several_samples(run, tmp_path):
     run("--prompt", "abc", *GREEDY, 0, "--save-state", tmp_path / "kept")
-    end = run("--load-state", tmp_path / "kept", "--num-samples", 2, "--prompt", "d", *GREEDY, 9).out
+    flags = ["--load-state", tmp_path / "kept", "--num-samples", 2]
+    end = run(*flags, "--prompt", "d", *GREEDY, 9).out
     assert end == 2 * run("--prompt", "abcd", *GREEDY, 9).out.removeprefix("abc")
 
 @pytest.mark.parametrize("made, end", [("П", "\ufffdb\n"), ("<|endoftext|>", "b\n")])
-def test_half_a_character_before_a_new_prompt_is_no_character(run, tmp_path, monkeypatch, made, end):
+def test_half_a_character_before_a_prompt_is_none(run, tmp_path, monkeypatch, made, end):
     token = byte_tokenizer().encode(made).ids[:1]
     monkeypatch.setattr(sample, "choose", lambda *_: torch.tensor(token))
     run("--prompt", "a", *GREEDY, 1, "--save-state", tmp_path / "kept")
@@ -263,6 +257,11 @@ def test_ctrl_c_keeps_the_state_of_what_was_written(folder, run, tmp_path):
     assert program.returncode == 130 and [*tmp_path.iterdir()] == [tmp_path / "kept"]
     end = run("--load-state", tmp_path / "kept", *GREEDY, 9).out
     assert start + end == run("--prompt", "abc", *GREEDY, len(start) - len("abc") + 9).out
+
+def test_the_steps_of_a_prompt_are_drawn_and_nothing_is_written(run, tmp_path):
+    assert run("--prompt", "def f(é)", "--show-steps", tmp_path / "steps.svg").out == ""
+    picture = (tmp_path / "steps.svg").read_text()
+    assert picture.startswith("<svg") and "layer 1" in picture and ">f<" in picture
 
 # What was published.
 
