@@ -15,7 +15,6 @@ import random
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -47,9 +46,8 @@ KINDS = {
     "write with flags": f"{WRITE} model",
     "train with flags": f"{SHORT} {SIZES} --out new --data text.txt",
 }
-VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**40, 2**63, 10**400, 0.5, float("nan"), float("inf"),
-          1e308, "", "x", "9" * 400, "\ud800", "\x1b[31m\n", [], [[]], {}, [1] * 50,
-          json.loads("[" * 200 + "]" * 200)]
+VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), 1e308,
+          "", "x", "9" * 400, "\ud800", "\x1b[31m\n", [], [[]], {}, [1] * 50]
 WORDS = [*"0 1 2 7 16 1_6 0.5 0 1 2 7 16 1_6 0.5 -1 ٣ 1e-320 0x10 nan inf 1e400 x -- ~".split(),
          *"text:0 text:nan a=text.txt text.txt/sub auto cpu:7 cuda meta fp16 nf4 0,16".split(),
          *"continue falcon-mamba-7b model out state text.txt corpus no/such caf\udce9".split(),
@@ -57,8 +55,6 @@ WORDS = [*"0 1 2 7 16 1_6 0.5 0 1 2 7 16 1_6 0.5 -1 ٣ 1e-320 0x10 nan inf 1e400
 
 def mutate(dice, value):
     """A JSON value in which one place, however deep, is changed or gone."""
-    if isinstance(value, str) and value[:1] == "{":     # safetensors' metadata is JSON in a string
-        return json.dumps(mutate(dice, json.loads(value)))
     if not value or not isinstance(value, (dict, list)) or dice.random() < 0.05:
         near = [-value, value + 1, value // 2] if type(value) is int else []
         return dice.choice(VALUES + near)
@@ -92,26 +88,16 @@ def other_tensors(dice, data):
                            value * -1e38, value / 0])
     return save(tensors if changed is None else tensors | {name: changed})
 
-def other_header(dice, data):
-    """A file whose JSON header is another, or lies about its length, which stands before it."""
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = other_json(dice, data[8:end])
-    size = dice.choice([*[len(header)] * 4, 0, 2**27, 2**63, 2**64 - 1])
-    return struct.pack("<Q", size) + header + data[end:]
-
 def damage(dice, path):
-    data = path.read_bytes()
     ways = [garble]
     if path.suffix == ".json":
         ways += [other_json] * 3
     if path.suffix == ".safetensors" or path.name == "state":
-        ways += [other_tensors, other_header]
+        ways += [other_tensors]
+    data = dice.choice(ways)(dice, path.read_bytes())
     path.unlink()
-    gone = dice.random()
-    if gone > 0.1:
-        path.write_bytes(dice.choice(ways)(dice, data))
-    elif gone > 0.07:
-        path.mkdir()
+    if dice.random() > 0.1:
+        path.write_bytes(data)
 
 def run(words):
     return call({"sample": sample, "train": train}[words[0]], *words[1:])
@@ -133,17 +119,15 @@ def prepare():
 def begin(kind, dice):
     """Damage what that kind damages -> the words of the command to run."""
     words = KINDS[kind].split()
-    if "flags" in kind:
-        flags = {*re.findall(r"--[a-z][\w-]+", run([words[0], "--help"])[1]), "--unknown", "-x"}
-        flags = sorted(flags - {"--compile"})           # it takes a minute
-        for _ in range(dice.randint(1, 3)):
-            words.append(dice.choice(flags))
-            words += dice.choices(WORDS, k=dice.choice([0, 1, 1, 1, 1, 2]))
+    if "flags" not in kind:
+        paths = [path for word in words for path in [Path(word), *sorted(Path(word).rglob("*"))]]
+        damage(dice, dice.choice([path for path in paths if path.is_file()]))
         return words
-    files = [Path(word) for word in words if Path(word).is_file()]
-    for word in words:
-        files += sorted(path for path in Path(word).rglob("*") if path.is_file())
-    damage(dice, dice.choice(files))
+    known = {*re.findall(r"--[a-z][\w-]+", run([words[0], "--help"])[1])}
+    known -= {"--compile"}          # it takes a minute
+    for _ in range(dice.randint(1, 3)):
+        words.append(dice.choice([*sorted(known), "--unknown", "-x"]))
+        words += dice.choices(WORDS, k=dice.choice([0, 1, 1, 1, 1, 2]))
     return words
 
 def fuzz(cases):
@@ -196,6 +180,7 @@ def test_damage_does_no_harm_or_ends_in_one_sentence(begun, kind):
     assert {*outcomes} == {"worked", "refused"}         # or the kind would prove nothing
 
 if __name__ == "__main__":
-    kinds = KINDS if sys.argv[1] == "all" else [sys.argv[1]]
-    numbers = range(CASES) if sys.argv[1] == "all" else [int(sys.argv[2])]
-    fuzz([(kind, number) for kind in kinds for number in numbers])
+    if sys.argv[1] in KINDS:
+        fuzz([(sys.argv[1], int(sys.argv[2]))])
+    else:
+        fuzz([(kind, number) for kind in KINDS for number in range(CASES)])
