@@ -1,7 +1,6 @@
 """Bad input to sample.py ends in one plain sentence on standard error, and with nothing half done.
 
-The program runs inside this process wherever that is possible, because importing torch takes
-seconds. Root may write to any file, so a limit on sizes or a folder in its place stops the writing.
+The program runs inside this process where that is possible, because importing torch takes seconds.
 """
 import io
 import resource
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import assert_sentence, call
@@ -21,6 +19,8 @@ from tokenizers import Tokenizer, models
 import sample
 from mamba import Mamba
 from train import byte_tokenizer
+
+NAN = torch.tensor(torch.nan)
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
@@ -46,22 +46,22 @@ def refused(run):
     return refused
 
 def test_nothing_is_refused_without_a_reason(run):
-    """Or the refusals below would prove nothing."""
+    """Or the refusals below would prove nothing. A state may be in other floats."""
     assert run("--prompt", "def ")[0] == 0 and run("--load-state", "state")[0] == 0
+    tensors = load_file("state")
+    tensors["conv"] = tensors["conv"].bfloat16()
+    Path("state").write_bytes(save(tensors))
+    assert run("--load-state", "state")[0] == 0
 
 # What is said, and what is typed after `--prompt a`.
 FLAGS = {
-    "is not from": ["--max-new-tokens -1", "--temperature -1", "--temperature nan", "--top-k 0",
-                    "--temperature inf", "--top-p 0", "--top-p 1.1", "--top-p nan", "--seed -1",
-                    f"--seed {2**64}", "--num-samples 0"],
-    "invalid int value: '1.5'": ["--max-new-tokens 1.5"],
-    "invalid float value": ["--temperature hot", "--temperature="],
-    "invalid choice": ["--dtype int8", "--quantize nf4"],
-    "is not usable here": [f"--device={name}" for name in ("warp9", "", "meta", "xla", "hpu")],
-    "try cpu": ["--device cuda:99", "--device cpu:-1"],
+    "is not from": ["--max-new-tokens -1", "--temperature nan", "--temperature inf", "--top-k 0",
+                    "--top-p 0", "--top-p 1.1", f"--seed {2**64}", "--num-samples 0"],
+    "invalid": ["--max-new-tokens 1.5", "--temperature hot", "--dtype int8", "--quantize nf4"],
+    "is not usable here": [f"--device={name}" for name in ("warp9", "", "meta", "xla", "cpu:-1")],
     "expected one argument": ["--prompt", "--model"],
     "unrecognized": ["stray", "--unknown"],
-    "needs text": ["--prompt="],
+    "each --prompt needs text": ["--prompt="],
     "surrogates not allowed": ["--prompt caf\udce9"],
     "nope' is not a folder; `python train.py` makes one": ["--model nope"],
     "one text, but there are 2 prompts": ["--prompt b --save-state kept",
@@ -70,8 +70,7 @@ FLAGS = {
     "is not a state file": ["--load-state nope", "--load-state model",
                             "--load-state model/model.safetensors"],
     "is no file, or in no folder": ["--save-state no/kept", "--save-state model", "--save-state=",
-                                    "--save-state model/config.json/kept", "--show-steps no/a.svg",
-                                    "--save-state /dev/null"],
+                                    "--save-state /dev/null", "--show-steps no/a.svg"],
     "draws a single prompt, from its beginning": ["--show-steps a.svg --prompt b",
                                                   "--show-steps a.svg --load-state state"],
 }
@@ -86,53 +85,37 @@ def words_only(words):
 
 TOKENIZER = "model/tokenizer.json"
 GENERATION = "model/generation_config.json"
-TOKENS = torch.int64
-# Which file is spoilt, what is said, and what the file holds (None: a folder is in its place).
+# Which file is spoilt, what is said, and what the file holds: bytes, or other tensors in a state.
 FILES = [
     (TOKENIZER, "cannot read the tokenizer model/tokenizer.json",
-     [None, b"", b"{}", b"[]", b"null", b"[" * 10**5, b"\xff", b'{"version": "9.0"}']),
+     [b"", b"{}", b"[]", b"[" * 10**5, b"\xff", b'{"version": "9.0"}']),
     (TOKENIZER, "tokenizer has 501 tokens, its model only 257", [words_only({"a": 0, "b": 500})]),
     (TOKENIZER, "no token for any character", [words_only({"b": 0})]),
-    (GENERATION, "eos_token_id", [b'{"eos_token_id": "11"}', b'{"eos_token_id": true}',
-                                  b'{"eos_token_id": [1, null]}', b'{"eos_token_id": {}}']),
+    (GENERATION, "eos_token_id", [b'{"eos_token_id": "11"}', b'{"eos_token_id": [1, true]}']),
     (GENERATION, "generation_config.json", [b"["]),
-    ("state", "state is not a state file", [b"", b"text", b"\0" * 100, slice(-1), slice(50)]),
-    ("state", "state is not a state file: \"'shown'\"", [save({"conv": torch.ones(1), "ssm": torch.ones(1)})]),
+    ("state", "state is not a state file", [b"", b"text", b"\0" * 100]),
+    ("state", "state is not a state file: \"'ssm'\"", [save({"conv": NAN})]),
     ("state", "[2, 1, 32, 5] in torch.float32, but this model needs [2, 1, 32, 4]",
      [{"ssm": torch.zeros(2, 1, 32, 5)}]),
     ("state", "needs [2, 1, 3, 32]",
-     [{"conv": torch.zeros(2, 3, 32)}, {"conv": torch.zeros(2, 1, 3, 32, dtype=torch.int32)},
-      {"conv": torch.zeros(2, 1, 3, 32, dtype=torch.complex64)}]),
+     [{"conv": torch.zeros(2, 3, 32)}, {"conv": torch.zeros(2, 1, 3, 32, dtype=torch.int32)}]),
     ("state", "not finite: the weights or the state are damaged",
-     [{"conv": torch.full((2, 1, 3, 32), torch.nan)}, {"ssm": torch.full((2, 1, 32, 4), torch.nan)}]),
+     [{"conv": NAN.expand(2, 1, 3, 32)}, {"ssm": NAN.expand(2, 1, 32, 4)}]),
     ("state", "state has a token that the model has not: ",
      [{name: torch.tensor([token])} for name in ("shown", "waiting", "unread")
       for token in (-1, 257, 2**62, 0.5, True)]),
-    ("state", "no token", [{"unread": torch.zeros(0, dtype=torch.int64)}]),
 ]
 
 @pytest.mark.parametrize("name, says, content", [
     (name, says, content) for name, says, contents in FILES for content in contents])
 def test_files_that_cannot_be_read_are_refused(refused, name, says, content):
     path = Path(name)
-    if content is None:
-        path.unlink()
-        path.mkdir()
-    elif isinstance(content, slice):
-        path.write_bytes(path.read_bytes()[content])
-    elif isinstance(content, dict):
-        path.write_bytes(save(load_file(path) | content))
-    else:
-        path.write_bytes(content)
+    if isinstance(content, dict):
+        tensors = load_file(path) | content
+        content = save({name: value.contiguous() for name, value in tensors.items()})
+    path.write_bytes(content)
     flags = ["--load-state", "state"] if name == "state" else ["--prompt", "a"]
     refused(*flags, says=says)
-
-def test_a_state_in_other_floats_goes_on(run):
-    tensors = load_file("state")
-    tensors["conv"] = tensors["conv"].to(torch.bfloat16)
-    tensors["ssm"] = tensors["ssm"].to(torch.float16)
-    Path("state").write_bytes(save(tensors))
-    assert run("--load-state", "state")[0] == 0
 
 def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(tmp_path):
     tokenizer = byte_tokenizer()
@@ -146,56 +129,49 @@ def test_a_prompt_is_shown_as_the_tokenizer_reads_it(run):
     Path(TOKENIZER).write_bytes(words_only({"a": 0, "b": 1}))
     assert run("--prompt", "abλab", "--max-new-tokens", "0")[1] == "a b a b\n"
 
-def fails_with(error):
-    def fail(*_, **__):
-        raise error
-    return fail
-
-def test_a_model_that_cannot_be_downloaded_is_named(refused, monkeypatch):
-    error = RuntimeError("404\nRepository\tnot found\n\n" + "x" * 9999)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails_with(error))
-    refused("--model", "nobody/nothing", "--prompt", "a", says="'nobody/nothing' is not a folder")
-
 @pytest.mark.parametrize("words, says", [
     ("[enforce fail] DefaultCPUAllocator: can't allocate memory\nstack", "--quantize int4"),
     ("CUDA out of memory. Tried to allocate 9 GiB", "--quantize int4"),
-    ("Failed to find C compiler. Please\n\nSet X=1", "sample.py: Failed to find C compiler. Please"),
-    ("InvalidCxxCompiler: No working C++ compiler found\n\nSet X=1", "sample.py: InvalidCxx")])
-def test_what_this_machine_lacks_is_a_sentence_and_a_fault_of_ours_is_not(run, monkeypatch, words, says):
-    monkeypatch.setattr(Mamba, "forward", fails_with(RuntimeError(words)))
-    assert_sentence(run("--prompt", "a")[2], says)
-    monkeypatch.setattr(Mamba, "forward", fails_with(RuntimeError("size mismatch")))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        run("--prompt", "a")
+    ("Failed to find C compiler. Please\n\nSet X=1", "sample.py: Failed to find C compiler."),
+    ("InvalidCxxCompiler: No working C++ compiler found\n\nSet X=1", "sample.py: InvalidCxx"),
+    ("size mismatch", None)])
+def test_what_this_machine_lacks_is_a_sentence_and_a_fault_of_ours_is_not(run, monkeypatch,
+                                                                         words, says):
+    def fail(*_, **__):
+        raise RuntimeError(words)
+    monkeypatch.setattr(Mamba, "forward", fail)
+    if says:
+        assert_sentence(run("--prompt", "a")[2], says)
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            run("--prompt", "a")
 
 # Standard input, output and error.
 
-def test_standard_input_must_be_text(run, refused, monkeypatch):
-    for errors, says in ("strict", "utf-8"), ("surrogateescape", "surrogates"):     # as in locale C
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
-        refused("--prompt", "-", says=says)
-    for empty in io.StringIO(""), None:
-        monkeypatch.setattr(sys, "stdin", empty)
-        refused("--prompt", "-", says="standard input")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
-    assert run("--prompt", "-", "--max-new-tokens", "0")[:2] == (0, "a\nb\n")
+@pytest.mark.parametrize("data, errors, says", [
+    (b"caf\xe9\n", "strict", "utf-8"), (b"caf\xe9\n", "surrogateescape", "surrogates"),
+    (b"", "strict", "so does standard input"), (None, None, "so does standard input")])
+def test_standard_input_must_be_text(refused, monkeypatch, data, errors, says):
+    stdin = data and io.TextIOWrapper(io.BytesIO(data), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    refused("--prompt", "-", says=says)
 
 @pytest.mark.parametrize("flags, after, status, says", [
-    ("", "| head -c 1", 0, "loaded in"),
-    ("--save-state kept", "| head -c 1", 1, "sample.py: [Errno 32] Broken pipe"),
-    ("--max-new-tokens 3", ">&- 2>&- <&-", 0, ""),
-    ("", "> /dev/full", 1, "sample.py: [Errno 28]")])
+    ("--max-new-tokens 0", "<<< $'a\\nb'", 0, "loaded in"),
+    ("--max-new-tokens 3000", "<<< a | head -c 1", 0, "loaded in"),
+    ("--max-new-tokens 3000 --save-state kept", "<<< a | head -c 1", 1, "sample.py: [Errno 32]"),
+    ("--max-new-tokens 0", "<<< a > /dev/full", 1, "sample.py: [Errno 28]"),
+    ("--max-new-tokens 3", "<<< a >&- 2>&-", 0, "")])
 def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, says):
-    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt a"
-    command = ["bash", "-o", "pipefail", "-c", f"{line} --max-new-tokens 3000 {flags} {after}"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt -"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", f"{line} {flags} {after}"],
+                           capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == status and not [*tmp_path.iterdir()]
-    assert says in ended.stderr.splitlines()[-1:] or says in ended.stderr.rpartition("\n")[0]
+    assert says in ended.stderr and ended.stdout in ("", "a", "a\nb\n")
     assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
 
-# Writing a state.
-
 def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(run):
+    """Root may write to any file. So a limit on sizes stops it here."""
     before = Path("state").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
