@@ -1,4 +1,4 @@
-"""What train.py publishes works for others as for us: transformers, llama.cpp, lm-evaluation-harness."""
+"""What train.py publishes works for others as for us: transformers, llama.cpp, lm-eval."""
 import json
 import math
 import os
@@ -18,8 +18,8 @@ from train import byte_tokenizer, write_tokenizer
 FALCON = Path(__file__).resolve().parents[2] / "shared" / "falcon-tokenizer" / "tokenizer.json"
 END = "<|endoftext|>"
 PROMPTS = ["def f(", "import os, sys\n\nclass Foo:\n", "a", "return self._x[0] !!!!"]
-PIECES = [END, "<|endoftext", ">>TITLE<<", "<|padding|>", " ", "  \n", "\r\n", "1234", "...", " , .",
-          "don't", "e\u0301", "\u212b", "\ufb01", "\ufeff", "\ufffd", "\x00", "\U0001f680\u200d"]
+PIECES = [END, "<|endoftext", ">>TITLE<<", "<|padding|>", " ", "  \n", "\r\n", "1234", "...",
+          " , .", "don't", "e\u0301", "\u212b", "\ufb01", "\ufeff", "\ufffd", "\x00", "\u200d"]
 TEXTS = st.lists(st.sampled_from(PIECES)).map("".join) | st.text(st.characters(codec="utf-8"))
 # Its UTF-8 holds every byte that UTF-8 can hold.
 ALL_BYTES = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 37)]))
@@ -78,27 +78,23 @@ def test_transformers_makes_our_tokens_of_any_text_and_writes_what_we_write(publ
 
 def test_a_continued_model_keeps_its_sources_files_and_learns_where_texts_end(tmp_path):
     source = tmp_path / "source"
-    folder = tmp_path / "folder"
     source.mkdir()
-    folder.mkdir()
     tokenizer = byte_tokenizer()
     kept = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": "{{ m }}",
             "tokenizer_config.json": '{"chat_template": "x"}', "special_tokens_map.json": "{}\r\n"}
     for name, text in kept.items():
         (source / name).write_bytes(text.encode())
     (source / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.7}')
-    write_tokenizer(folder, tokenizer, 256, source)
-    assert {name: (folder / name).read_bytes().decode() for name in kept} == kept
-    found = json.loads((folder / "generation_config.json").read_text())
+    write_tokenizer(tmp_path, tokenizer, 256, source)
+    assert {name: (tmp_path / name).read_bytes().decode() for name in kept} == kept
+    found = json.loads((tmp_path / "generation_config.json").read_text())
     assert found == {"eos_token_id": [256], "temperature": 0.7}
 
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no llama.cpp sources")
+@pytest.mark.parametrize("published", ["falcon"], indirect=True)    # bytes are not on its list
 def test_llama_cpp_converts_it(published, tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install gguf")
-    if "LLAMA_CPP" not in os.environ:
-        pytest.skip("LLAMA_CPP does not name a folder with llama.cpp's sources")
     folder, _, model = published
-    if model.config.vocab_size == 257:
-        pytest.skip("Falcon's tokenizer is on the converter's list, one of bytes is not")
     converter = Path(os.environ["LLAMA_CPP"]) / "convert_hf_to_gguf.py"
     out = tmp_path / "out.gguf"
     subprocess.run([sys.executable, converter, folder, "--outfile", out], check=True)
