@@ -365,7 +365,8 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 def new_file(text: str) -> Path:
     """An argparse type: a file that can be made or replaced."""
     path = Path(text)
-    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    if is_other or not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f"{text!r} is no file, or in no folder")
     return path
 
