@@ -118,6 +118,11 @@ def test_the_same_seed_writes_the_same_text_and_only_text(run):
     seed = new.err.split("seed ")[1].split()[0]     # it is printed, so any text can be had again
     assert run(*flags, "--seed", seed).out == new.out
 
+@pytest.mark.parametrize("flags", [["--top-k", 1], ["--top-p", 1e-9], ["--temperature", 1e-9]])
+def test_flags_that_leave_only_the_likeliest_write_the_greedy_text(run, flags):
+    greedy = run("--prompt", "def ", *GREEDY, 12).out
+    assert run("--prompt", "def ", "--max-new-tokens", 12, *flags).out == greedy
+
 def test_unequal_prompts_write_what_each_writes_alone(run):
     alone = run("--prompt", "a", *GREEDY, 12).out + run("--prompt", "hello there", *GREEDY, 12).out
     assert run("--prompt", "a", "--prompt", "hello there", *GREEDY, 12).out == alone
