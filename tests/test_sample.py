@@ -66,6 +66,7 @@ def test_greedy_generation_is_the_argmax_of_rereading_everything(folder, device)
     model = Mamba.from_pretrained(folder, device)
     text = torch.tensor([[1, 2, 3], [9, 8, 7]], device=device)
     for token in generate(model, text, 20, temperature=0):
+        token = token.to(device)
         assert torch.equal(token, model(text)[0][:, -1].argmax(-1))
         text = torch.cat([text, token[:, None]], 1)
 
