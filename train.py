@@ -710,8 +710,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")
     add("compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
     add("checkpoint_every", type=count, default=100, help="steps (default 100)")
-    add("checkpoint_minutes", type=count, default=30, help="or after so many, if steps are slow (default "
-        "30)")
+    add("checkpoint_minutes", type=number(float, 0, 2**20), default=30, help="or after so many, where "
+        "steps are slow (default 30)")
     add("export_every", type=count, default=1000, help="steps between published models (default 1000)")
     add("export_dtype", choices=DTYPES, help="of these (default: that of --init-from, or fp32)")
     add("eval_every", type=count, default=200, help="steps (default 200)")

@@ -483,6 +483,11 @@ def test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits(trained,
     assert curve(out) == curve(uninterrupted)
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
+def test_slow_steps_are_saved_by_the_clock(trained, data, tmp_path):
+    flags = "--checkpoint-every", 1000, "--checkpoint-minutes", 0, "--keep", 1000
+    assert trained("--data", data, "--out", tmp_path, *SMALL, *flags)[0] == 0
+    assert len(train.checkpoints(tmp_path)) == len(curve(tmp_path))
+
 def test_a_second_ctrl_c_does_not_wait_for_the_save(trained, data, tmp_path, monkeypatch):
     update = Trainer.update
     handlers = []
