@@ -11,6 +11,8 @@ figures that lie in assets/ too, and a run must be shown anew to change them:
     python tests/draw.py a-0 b-0 --keep decay   runs.json: several runs for decay.svg
     python tests/copying.py --keep              copying.json
     python tests/bench.py --save assets/bench.json
+
+assets/README.md tells what these runs were and what they show.
 """
 import argparse
 import json
@@ -391,33 +393,17 @@ def copying() -> str:
     marks += bars(500, 228, 14, found["text"], found["delta"])
     return svg(1040, 290, "Selective copying: what a step computed from the token buys", marks)
 
-# The runs of the next three pictures: train.py's flags, and --seed 0, 1, ... of each
-
 def decay() -> str:
-    """The default run, and without its decay: --decay-tokens 0. Both with --eval-every 20.
-
-    The third goes on from the model before the decay, as one would from the published one:
-    --total-tokens 700_000 --warmup-tokens 30_000 --ramp-tokens 150_000 --decay-tokens 0, and then
-    --init-from it --recipe tiny --total-tokens 300_000 --warmup-tokens 10_000 --ramp-tokens 0
-    --decay-tokens 290_000.
-    """
+    """The default run, with and without its decay, and the latter continued."""
     groups = read("runs.json")["decay"]
     for points in groups["continued with decay"]:
         points[:] = [(700_000 + tokens, loss) for tokens, loss in points]
     return compare(groups, "What the decay of the learning rate buys")
 
 def ramp() -> str:
-    """--d-model 64 --n-layer 2 --context 128 --total-tokens 300_000 --batch-end 16 --lr 4e-3.
-
-    With --ramp-tokens 150_000; the same with `without.py scaling`; with --ramp-tokens 0.
-    """
     return compare(read("runs.json")["ramp"], "A batch that grows, with and without BatchScaling")
 
 def norms() -> str:
-    """--d-model 64 --n-layer 2 --context 128 --total-tokens 300_000 and the --lr of its name.
-
-    Half of them with `without.py dt,B,C`.
-    """
     return compare(read("runs.json")["norms"], "With and without the three norms")
 
 def schedule() -> str:
