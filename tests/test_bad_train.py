@@ -2,7 +2,6 @@
 
 The program runs inside this process, because importing torch takes seconds.
 """
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,16 +48,15 @@ def run(pristine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        given = " ".join(flags)
-        data = [] if "--data" in given else ["--data", "text"]
-        sizes = [] if re.search("--init-from|--eval-only", given) else SIZES
+        data = [] if "--data" in " ".join(flags) else ["--data", "text"]
+        sizes = [] if {"--init-from", "--init-from=", "--eval-only"} & {*flags} else SIZES
         status, _, told = call(train, *data, *QUICK, *sizes, *flags)
         return status, told
     return run
 
 @pytest.fixture
 def refused(run):
-    def refused(*flags, says):
+    def refused(flags, *says):
         status, told = run(*flags)
         assert status != 0
         assert_sentence(told, *says)
@@ -73,19 +71,15 @@ def test_nothing_is_refused_without_a_reason(run):
 # What is said, and what is typed.
 FLAGS = {
     "unrecognized": ["--unknown", "stray"],
-    "expected one argument": ["--data"],
-    "invalid": ["--total-tokens 1.5", "--context 8,16", "--export-dtype int8", "--recipe large"],
-    "is not from": ["--context 0", f"--batch-start {2**60}", "--lr nan", "--lr -1", "--lr inf", "--decay-factor 0",
-                    "--beta1 1", "--seed -1", "--d-model -8", "--initializer-range -1"],
-    "'warp9' is not usable here": ["--device warp9"],
+    "invalid": ["--total-tokens 1.5", "--context 8,16", "--export-dtype int8"],
+    "is not from": [f"--batch-start {2**60}", "--lr nan", "--decay-factor 0", "--beta1 1", "--d-model -8"],
     "num_hidden_layers is 5000": ["--n-layer 5000"],
     "1048576": [f"--d-model {2**20}"],
     "GB": ["--d-model 524288"],
     "is not finite at step 2; begin again with a lower --lr": ["--lr 1e15 --warmup-tokens 0"],
     "--total-tokens 64 has no room for 9 --warmup-tokens": ["--decay-tokens 60 --warmup-tokens 5"],
     "the tokenizer has 257 tokens, the model 100": ["--vocab-size 100"],
-    "there is no 'nowhere'": ["--data nowhere", "--data a=nowhere"],
-    "there is no ''": ["--data=", "--data text="],
+    "there is no '": ["--data nowhere", "--data a=nowhere", "--data=", "--data text="],
     "--data names a, b, the mixture text": ["--data a=text --data b=text"],
     "the mixture other": ["--mixture other:1"],
     "must be like 'web:9 code:1', each source once": [
@@ -109,7 +103,7 @@ FLAGS = {
 @pytest.mark.parametrize("says, typed", [(says, typed) for says in FLAGS for typed in FLAGS[says]])
 def test_flags_that_cannot_be_are_refused(refused, tmp_path, says, typed):
     before = {*tmp_path.rglob("*")}
-    refused(*([typed] if "=text:" in typed else typed.split()), says=[says])
+    refused([typed] if "=text:" in typed else typed.split(), says)
     made = {path.name for path in {*tmp_path.rglob("*")} - before}
     assert made <= {"made", "checkpoints", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json",
                     "generation_config.json"}
@@ -134,11 +128,11 @@ def test_files_that_are_damaged_are_refused(run, refused, tmp_path, name, says, 
     assert run("--data", "corpus")[0] == 0
     [path] = tmp_path.glob(name)
     path.write_bytes(content)
-    refused("--data", "corpus", "--resume", says=[says])
+    refused(["--data", "corpus", "--resume"], says)
 
 def test_a_token_that_the_model_has_not_is_refused(refused):
     Path(CORPUS).write_bytes(np.where(TOKENS == 32, 300, TOKENS).astype(np.uint16).tobytes())
-    refused("--data", "corpus", says=["token 300", "257"])
+    refused(["--data", "corpus"], "token 300", "257")
 
 @pytest.mark.parametrize("gpus, nccl", [(0, True), (2, True), (3, False)])
 def test_a_process_without_a_gpu_or_nccl_is_a_sentence(refused, monkeypatch, gpus, nccl):
@@ -147,7 +141,7 @@ def test_a_process_without_a_gpu_or_nccl_is_a_sentence(refused, monkeypatch, gpu
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
     monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(train, "start_processes", lambda _, start=train.start_processes: start(torch.device("cuda")))
-    refused(says=["NCCL", f" {gpus} ", "--nproc-per-node", "--device cpu"])
+    refused([], "NCCL", f" {gpus} ", "--nproc-per-node", "--device cpu")
 
 def test_closed_standard_error_changes_nothing(run, monkeypatch):
     monkeypatch.setattr(train, "start_processes", lambda _: setattr(sys, "stderr", None))
