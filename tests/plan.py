@@ -130,12 +130,12 @@ def print_memory(args, recipe, config: MambaConfig) -> None:
     print(f"and for a step, which adds up whole gradients if it takes several passes of --micro-tokens "
           f"{args.micro_tokens}:")
     for way, each in needs.activations.items():
-        hold = (GPU - used - needs.whole_gradients) // each
         for context in sorted({stage.context for stage in recipe.stages}):
-            passes, tokens = cut_step(args, recipe, context, args.world_size)
-            size = tokens * each + (needs.whole_gradients if passes > 1 else 0)
+            passes, _ = cut_step(args, recipe, context, args.world_size)
+            size = step_memory(args, recipe, context, args.world_size, needs, way)
             print(f"  context {context}, passes: {passes}, {way:>7} --checkpoint-activations{size / 1e9:9.2f}"
                   f", together {(used + size) / GPU:.0%} of 80 GB")
+        hold = (GPU - used - needs.whole_gradients) // each
         if hold >= recipe.longest:
             print(f"  80 GB hold --micro-tokens {hold:.0f} {way} --checkpoint-activations")
     smallest = recipe.longest * needs.activations["with"]
@@ -149,6 +149,11 @@ def cut_step(args, recipe, context: int, world: int) -> tuple[int, int]:
     rows = math.ceil(recipe.batch_end / world)
     at_once = min(rows, max(1, args.micro_tokens // context))
     return math.ceil(rows / at_once), at_once * context
+
+def step_memory(args, recipe, context: int, world: int, needs: "Memory", way: str) -> float:
+    """Bytes that come and go with a step: a pass's activations, and gradients that add up over several."""
+    passes, tokens = cut_step(args, recipe, context, world)
+    return tokens * needs.activations[way] + (needs.whole_gradients if passes > 1 else 0)
 
 def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
@@ -225,19 +230,16 @@ def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
     kept = sum(memory(config, world, dtype, offload=True).host.values())
     if offload and kept > host:
         raise ValueError(f"--offload needs {gb(kept)} of the host's memory for each process, for weights, "
-                         f"gradients and Adam's averages, and there are {gb(host)}; use more GPUs, which share "
-                         "them")
-    passes, tokens = max((cut_step(args, recipe, stage.context, world) for stage in recipe.stages),
-                         key=lambda cut: (min(cut[0], 2), cut[1]))
-    fixed = sum(needs.gpu.values()) + (needs.whole_gradients if passes > 1 else 0)
-    each = needs.activations["with" if args.checkpoint_activations else "without"]
+                         f"gradients and Adam's averages, and there are {gb(host)}; use more GPUs, which share them")
+    way = "with" if args.checkpoint_activations else "without"
+    step = max(step_memory(args, recipe, stage.context, world, needs, way) for stage in recipe.stages)
+    fixed = sum(needs.gpu.values())
     surely_kept = 0 if offload else kept
-    planned = fixed + tokens * each
-    if max(surely_kept, AT_LEAST * planned) <= has:
+    if max(surely_kept, AT_LEAST * (fixed + step)) <= has:
         return
-    fixed = sum(needs.gpu.values()) + needs.whole_gradients
-    hold = (has - fixed) // each
-    hold_more = (has - fixed) // needs.activations["with"]
+    room = has - fixed - needs.whole_gradients
+    hold = room // needs.activations[way]
+    hold_more = room // needs.activations["with"]
     if hold >= recipe.longest:
         way_out = f"--micro-tokens {hold:.0f} fits"
     elif hold_more >= recipe.longest:
@@ -246,9 +248,8 @@ def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
         way_out = f"--offload keeps {gb(kept)} of this in the host's memory"
     else:
         way_out = "use more GPUs, a shorter --context or a smaller model"
-    raise ValueError(f"each process needs {gb(planned)} and has {gb(has)}: {gb(surely_kept)} for weights, "
-                     f"gradients and Adam's averages, {gb(tokens * each)} for a pass of {tokens} tokens; "
-                     f"{way_out}")
+    raise ValueError(f"each process needs {gb(fixed + step)} and has {gb(has)}: {gb(surely_kept)} for weights, "
+                     f"gradients and Adam's averages, {gb(step)} for a step; {way_out}")
 
 def gpu_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory

@@ -118,7 +118,7 @@ def test_one_gpu_keeps_116_gb_of_the_7b_or_its_host_does():
     assert re.search(r"80 GB hold --micro-tokens \d+ with --checkpoint-activations", out)
 
 @pytest.mark.parametrize("world, flags, host, words", [
-    (1, "", 160e9, ["has 80.0 GB: 116.4 GB for weights", "a pass of 16384 tokens", "--offload keeps"]),
+    (1, "", 160e9, ["has 80.0 GB: 116.4 GB for weights", " for a step", "--offload keeps"]),
     (1, "", 100e9, ["use more GPUs"]),
     (1, "--device cpu", 100e9, ["has 100.0 GB: 116.4 GB", "use more GPUs"]),
     (1, "--offload", 100e9, ["--offload needs 116.4 GB", "there are 100.0 GB", "use more GPUs"]),
