@@ -46,11 +46,8 @@ QUICK = {
 # What runs in a peer's process. Imports stand in the functions that need them, because every one
 # counts in the peak memory of the process.
 
-def memory(device: str) -> float:
+def memory() -> float:
     """The most that this process has held, in GB."""
-    import torch
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")      # getrusage's figure begins with the parent's
     if not status.exists():                 # no Linux
         return math.nan
@@ -64,28 +61,28 @@ def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
 # Each of these loads a model and returns a function, from a prompt to the tokens that follow it,
 # one by one, likeliest first.
 
-def ours(folder: Path, device: str, threads: int, compiled=False, quantize=False):
+def ours(folder: Path, threads: int, compiled=False, quantize=False):
     import torch
     from mamba import Mamba
     from sample import compile_blocks, generate
-    model = Mamba.from_pretrained(folder, device, quantize=quantize)
+    model = Mamba.from_pretrained(folder, quantize=quantize)
     if compiled:
         compile_blocks()
 
     def write(prompt, steps):
-        for token in generate(model, torch.tensor([prompt], device=device), steps, 0):
+        for token in generate(model, torch.tensor([prompt]), steps, 0):
             yield token.item()
     return write
 
-def reference(folder: Path, device: str, threads: int):
+def reference(folder: Path, threads: int):
     import torch
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
     @torch.inference_mode()
     def write(prompt, steps):
         cache = None
-        rows = torch.tensor([prompt], device=device)
+        rows = torch.tensor([prompt])
         for _ in range(steps):
             out = model(rows, cache_params=cache, use_cache=True, logits_to_keep=1)
             cache = out.cache_params
@@ -93,7 +90,7 @@ def reference(folder: Path, device: str, threads: int):
             yield rows.item()
     return write
 
-def llama_cpp(folder: Path, device: str, threads: int, file="model.gguf"):
+def llama_cpp(folder: Path, threads: int, file="model.gguf"):
     import llama_cpp
     import numpy as np
     llama = llama_cpp.Llama(str(folder / file), n_ctx=4096, n_batch=512, n_threads=threads,
@@ -110,7 +107,7 @@ def llama_cpp(folder: Path, device: str, threads: int, file="model.gguf"):
             prompt = [token]
     return write
 
-def attention(folder: Path, device: str, threads: int):
+def attention(folder: Path, threads: int):
     """A random Llama with as many weights as ours, in half as many layers."""
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -121,17 +118,17 @@ def attention(folder: Path, device: str, threads: int):
         hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=width // 32, vocab_size=ours["vocab_size"],
         max_position_embeddings=2**20)
-    model = LlamaForCausalLM(config).bfloat16().eval().to(device)
+    model = LlamaForCausalLM(config).bfloat16().eval()
 
     @torch.inference_mode()
     def write(prompt, steps):
         # Keys and values of any numbers cost the same, so the prompt is not read.
         shape = 1, width // 32, len(prompt), 32
-        keys = torch.randn(shape, dtype=torch.bfloat16, device=device)
+        keys = torch.randn(shape, dtype=torch.bfloat16)
         cache = DynamicCache(config=config)
         for layer in range(layers):
             cache.update(keys, keys, layer)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        token = torch.zeros(1, 1, dtype=torch.int64)
         for _ in range(steps):
             token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
             yield token.item()
@@ -149,8 +146,8 @@ WRITERS = {
 
 # The tables. Each is a generator: one round a next(), with its figures.
 
-def writing(peer: str, folder: Path, sizes: dict, device: str, threads: int, lengths=None):
-    write = WRITERS[peer](folder / "generate", device, threads)
+def writing(peer: str, folder: Path, sizes: dict, threads: int, lengths=None):
+    write = WRITERS[peer](folder / "generate", threads)
     for seed, now in enumerate(lengths or repeat(sizes["prompt"])):
         prompt = tokens(now, seed, sizes["generate"]["vocab_size"])
         times = [time.perf_counter()]
@@ -161,32 +158,32 @@ def writing(peer: str, folder: Path, sizes: dict, device: str, threads: int, len
         step = statistics.median(b - a for a, b in pairwise(times[1:]))
         yield {"prefill": now / (times[1] - times[0]), "decode": 1 / step, "first": made[0]}
 
-def length(peer: str, folder: Path, sizes: dict, *settings):
+def length(peer: str, folder: Path, sizes: dict, threads: int):
     """A round is one length: the milliseconds of a token there, and the MB kept of the text."""
     width = sizes["generate"]["d_model"]
     layers = sizes["generate"]["n_layer"]
-    rounds = writing(peer, folder, sizes, *settings, lengths=sizes["lengths"])
+    rounds = writing(peer, folder, sizes, threads, sizes["lengths"])
     for now, row in zip(sizes["lengths"], rounds):
         kept = layers * 2 * width * (16 * 4 + 3 * 2)    # 16 states in fp32, 3 inputs in bf16
         if peer == "attention":
             kept = layers // 2 * width * now * 2 * 2    # a key and a value in bf16
         yield {"tokens": now, "ms": 1e3 / row["decode"], "state_mb": kept / 1e6}
 
-def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
+def training(peer: str, folder: Path, sizes: dict, threads: int):
     import torch
     import torch.nn.functional as F
     if peer == "ours":
         from mamba import Mamba
-        model = Mamba.from_pretrained(folder / "training", device).train()
+        model = Mamba.from_pretrained(folder / "training").train()
     else:
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(folder / "training").train().to(device)
+        model = AutoModelForCausalLM.from_pretrained(folder / "training").train()
         for layer in model.backbone.layers:         # asked for in the config, it is lost on the way
             layer.mixer.use_mambapy = True
     adam = torch.optim.AdamW(model.parameters())
     shape = sizes["batch"], sizes["context"] + 1
     for seed in count():
-        text = torch.tensor(tokens(math.prod(shape), seed, 257)).view(shape).to(device)
+        text = torch.tensor(tokens(math.prod(shape), seed, 257)).view(shape)
         start = time.perf_counter()
         out = model(text[:, :-1])
         logits = out[0] if peer == "ours" else out.logits
@@ -199,19 +196,22 @@ def training(peer: str, folder: Path, sizes: dict, device: str, threads: int):
 TABLES = {"generate": writing, "training": training, "length": length}
 PEERS = {"generate": [*WRITERS][:-1], "training": ["ours", "transformers, mambapy"],
          "length": ["ours", "attention"]}
-# The packages that peers need, by pip's names.
-NEEDS = {"transformers": ["transformers"], "transformers, mambapy": ["transformers", "mambapy"],
-         "attention": ["transformers"], "llama.cpp": ["llama-cpp-python", "gguf"],
-         "llama.cpp, Q4_0": ["llama-cpp-python", "gguf"]}
+# What is in a peer's name, and the packages that it then needs, by pip's names.
+NEEDS = {"transformers": ["transformers"], "attention": ["transformers"], "mambapy": ["mambapy"],
+         "llama.cpp": ["llama-cpp-python", "gguf"]}
 
-def begin(job: str, peer: str, *settings) -> None:
+def begin(job: str, peer: str, no_units: bool, *settings) -> None:
+    if no_units and peer.startswith("ours"):
+        import mamba
+        import torch
+        mamba.NO_UNITS[:] = [torch.bfloat16, torch.float16]
     global rounds       # of this process, which serves one peer
     rounds = TABLES[job](peer, *settings)
 
-def one_round(device: str, threads: int) -> dict:
+def one_round(threads: int) -> dict:
     import torch
     torch.set_num_threads(threads)
-    return next(rounds) | {"gb": memory(device)}
+    return next(rounds) | {"gb": memory()}
 
 # The models that all peers load.
 
@@ -282,8 +282,10 @@ def version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
-def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
+def measure(jobs: list[str], no_units: bool, sizes: dict, threads: int) -> dict:
     """Every round of every peer: table -> peer -> its figures."""
+    if no_units:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                    "TRANSFORMERS_VERBOSITY": "error"}
     spawn = multiprocessing.get_context("spawn")
@@ -293,13 +295,13 @@ def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
         for job in jobs:
             processes = {}
             for peer in PEERS[job]:
-                if usable(peer, device):
-                    settings = job, peer, Path(folder), sizes, device, threads
+                if usable(peer):
+                    settings = job, peer, no_units, Path(folder), sizes, threads
                     processes[peer] = ProcessPoolExecutor(1, spawn, begin, settings)
             found[job] = {peer: [] for peer in processes}
             for _ in range(len(sizes["lengths"]) if job == "length" else 1 + sizes["rounds"]):
                 for peer, process in processes.items():
-                    row = process.submit(one_round, device, threads).result()
+                    row = process.submit(one_round, threads).result()
                     found[job][peer].append(row)
             for peer, process in processes.items():
                 process.shutdown()
@@ -307,18 +309,15 @@ def measure(jobs: list[str], sizes: dict, device: str, threads: int) -> dict:
                     del found[job][peer][0]     # the first round loads, warms up and compiles
     return found
 
-def usable(peer: str, device: str) -> bool:
-    """Whether this peer can run here; says why not."""
-    missing = [package for package in NEEDS.get(peer, []) if not version(package)]
+def usable(peer: str) -> bool:
+    """Whether this peer is installed; says how it can be."""
+    needed = sum([packages for word, packages in NEEDS.items() if word in peer], [])
+    missing = [package for package in needed if not version(package)]
     if missing:
         print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
-    elif "llama.cpp" in peer and device != "cpu":
-        print(f"without {peer}: its package is built for the CPU", file=sys.stderr)
-    else:
-        return True
-    return False
+    return not missing
 
-def machine(threads: int, device: str) -> tuple[str, str]:
+def machine(threads: int) -> tuple[str, str]:
     """What it is and runs, and its vector instructions: without the same, figures differ."""
     import torch
     has = torch.cpu.get_capabilities()
@@ -327,25 +326,26 @@ def machine(threads: int, device: str) -> tuple[str, str]:
     kinds = "avx", "amx", "neon", "asimd", "sve", "bf16", "fp16"
     vectors = sorted(name for name in has if name.startswith(kinds) and has[name] is True)
     name = has.get("cpu_name", "a CPU")
-    return f"{name}, {threads} threads, {device}; {', '.join(versions)}", ", ".join(vectors)
+    return f"{name}, {threads} threads; {', '.join(versions)}", ", ".join(vectors)
 
 # What it prints, and the README shows.
 
 COLUMNS = {"prefill": "reads, tokens/s", "decode": "writes, tokens/s", "seconds": "a step, s",
            "gb": "peak memory, GB"}
 
-def table(peers: dict[str, list[dict]]) -> str:
-    """As Markdown: each figure's median over the rounds, and its ratio to ours."""
-    columns = [name for name in COLUMNS if name in peers["ours"][0]]
-    lines = [["", *(COLUMNS[name] for name in columns)], ["---"] * (1 + len(columns))]
-    for peer, rounds in peers.items():
-        cells = [peer]
-        for name in columns:
-            value = statistics.median(row[name] for row in rounds)
+def table(machines: dict[str, dict[str, list[dict]]]) -> str:
+    """As Markdown, machines side by side: medians over the rounds, and their ratio to ours."""
+    head = [""]
+    rows = {}
+    for kind, peers in machines.items():
+        for name in [name for name in COLUMNS if name in peers["ours"][0]]:
+            head.append(kind + COLUMNS[name])
             base = statistics.median(row[name] for row in peers["ours"])
-            ratio = "" if peer == "ours" else f" ({value / base:.2g})"
-            cells.append(f"{value:.3g}{ratio}")
-        lines.append(cells)
+            for peer, rounds in peers.items():
+                value = statistics.median(row[name] for row in rounds)
+                ratio = "" if peer == "ours" else f" ({value / base:.2g})"
+                rows.setdefault(peer, [peer]).append(f"{value:.3g}{ratio}")
+    lines = [head, ["---"] * len(head), *rows.values()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 def compare(peers: dict[str, list[dict]], name: str, tolerance: float) -> None:
@@ -356,29 +356,30 @@ def compare(peers: dict[str, list[dict]], name: str, tolerance: float) -> None:
         print(f"{peer}: {name} as ours in {same} of {len(pairs)} rounds")
 
 def main() -> None:
-    from sample import device, number     # types for argparse
+    from sample import number     # a type for argparse
     parser = argparse.ArgumentParser(description="Measure ours beside every peer installed.")
     add = parser.add_argument
     add("tables", nargs="*", metavar="TABLE", choices=[*PEERS, []],    # []: none is given
         help=f"some of {', '.join(PEERS)} (default all)")
     add("--quick", action="store_true", help="tiny sizes, in seconds: that it runs, not how fast")
+    add("--no-units", action="store_true", help="PyTorch as on an x86 without units for 16-bit "
+        "products; a llama.cpp that was built with them uses them")
     add("--threads", type=number(int, 1, 1024), default=os.cpu_count(), help="of each peer")
-    add("--device", type=device, default="cpu", help="cpu or cuda")
     add("--save", type=Path, help="a JSON file for the figures; those of other tables stay")
     args = parser.parse_args()
     if args.save and not args.save.absolute().parent.is_dir():
         parser.error(f"--save {args.save} is in no folder; make {args.save.parent} first")
-    what, vectors = machine(args.threads, args.device.type)
+    what, vectors = machine(args.threads)
     found = {"machine": what, "vectors": vectors}
     sizes = QUICK if args.quick else FULL
     try:
-        found |= measure(args.tables or [*PEERS], sizes, args.device.type, args.threads)
+        found |= measure(args.tables or [*PEERS], args.no_units, sizes, args.threads)
     except BrokenProcessPool:
         raise SystemExit("bench.py: a peer ended early; the reason stands above") from None
     print(f"{what}\nvector instructions: {vectors}")
     for job, figure, tolerance in ("generate", "first", 0), ("training", "loss", 1e-3):
         if job in found:
-            print(f"\n{job}\n{table(found[job])}")
+            print(f"\n{job}\n{table({'': found[job]})}")
             compare(found[job], figure, tolerance)
     for peer, rounds in found.get("length", {}).items():
         for row in rounds:
