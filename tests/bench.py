@@ -9,7 +9,9 @@ The weights are random. Each peer has a process and so a peak memory of its own.
 then take turns, so that whatever else the machine does falls on all of them. The tables give
 medians. mamba_ssm has no row, because its kernels lack the norms of dt, B and C.
 
-`--save assets/bench.json` keeps the figures for the README's tables and for cost.svg.
+With ONEDNN_MAX_CPU_ISA=AVX512_CORE in front, PyTorch and ours do as on a CPU without units for
+16-bit products. llama.cpp must be built for such a one. `--save assets/bench.json` keeps the
+figures for the README's tables and for cost.svg.
 """
 import argparse
 import importlib.metadata
@@ -17,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -54,9 +57,7 @@ def memory() -> float:
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
-    import torch
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(12, vocab_size, (count,), generator=generator).tolist()
+    return random.Random(seed).choices(range(12, vocab_size), k=count)
 
 # Each of these loads a model and returns a function, from a prompt to the tokens that follow it,
 # one by one, likeliest first.
@@ -200,8 +201,8 @@ PEERS = {"generate": [*WRITERS][:-1], "training": ["ours", "transformers, mambap
 NEEDS = {"transformers": ["transformers"], "attention": ["transformers"], "mambapy": ["mambapy"],
          "llama.cpp": ["llama-cpp-python", "gguf"]}
 
-def begin(job: str, peer: str, no_units: bool, *settings) -> None:
-    if no_units and peer.startswith("ours"):
+def begin(job: str, peer: str, *settings) -> None:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX512_CORE" and peer.startswith("ours"):
         import mamba
         import torch
         mamba.NO_UNITS[:] = [torch.bfloat16, torch.float16]
@@ -282,10 +283,8 @@ def version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
-def measure(jobs: list[str], no_units: bool, sizes: dict, threads: int) -> dict:
+def measure(jobs: list[str], sizes: dict, threads: int) -> dict:
     """Every round of every peer: table -> peer -> its figures."""
-    if no_units:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                    "TRANSFORMERS_VERBOSITY": "error"}
     spawn = multiprocessing.get_context("spawn")
@@ -296,7 +295,7 @@ def measure(jobs: list[str], no_units: bool, sizes: dict, threads: int) -> dict:
             processes = {}
             for peer in PEERS[job]:
                 if usable(peer):
-                    settings = job, peer, no_units, Path(folder), sizes, threads
+                    settings = job, peer, Path(folder), sizes, threads
                     processes[peer] = ProcessPoolExecutor(1, spawn, begin, settings)
             found[job] = {peer: [] for peer in processes}
             for _ in range(len(sizes["lengths"]) if job == "length" else 1 + sizes["rounds"]):
@@ -362,8 +361,6 @@ def main() -> None:
     add("tables", nargs="*", metavar="TABLE", choices=[*PEERS, []],    # []: none is given
         help=f"some of {', '.join(PEERS)} (default all)")
     add("--quick", action="store_true", help="tiny sizes, in seconds: that it runs, not how fast")
-    add("--no-units", action="store_true", help="PyTorch as on an x86 without units for 16-bit "
-        "products; a llama.cpp that was built with them uses them")
     add("--threads", type=number(int, 1, 1024), default=os.cpu_count(), help="of each peer")
     add("--save", type=Path, help="a JSON file for the figures; those of other tables stay")
     args = parser.parse_args()
@@ -373,7 +370,7 @@ def main() -> None:
     found = {"machine": what, "vectors": vectors}
     sizes = QUICK if args.quick else FULL
     try:
-        found |= measure(args.tables or [*PEERS], args.no_units, sizes, args.threads)
+        found |= measure(args.tables or [*PEERS], sizes, args.threads)
     except BrokenProcessPool:
         raise SystemExit("bench.py: a peer ended early; the reason stands above") from None
     print(f"{what}\nvector instructions: {vectors}")

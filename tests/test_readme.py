@@ -112,15 +112,6 @@ def test_the_flags_in_its_prose_exist(capsys, monkeypatch):
     flags = re.findall(r"`(?:[\w. ]+ )?(--[a-z][a-z0-9-]*)", README)
     assert {*flags} <= {*known, "--shutdown-timeout"}           # torchrun's
 
-@pytest.mark.parametrize("tool, flags, word", [
-    (bench, "--threads 0", "'0'"), (bench, "nonsense", "nonsense"),
-    (bench, "--save nowhere/bench.json", "nowhere"), (draw, "nowhere", "nowhere")])
-def test_what_a_tool_cannot_do_it_says_at_once(capsys, monkeypatch, tool, flags, word):
-    monkeypatch.setattr(sys, "argv", ["", *flags.split()])
-    with pytest.raises(SystemExit) as e:
-        tool.main()
-    assert e.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
-
 @pytest.mark.parametrize("name", draw.PICTURES)
 def test_the_picture_is_what_draw_py_draws(name):
     assert (ROOT / "assets" / name).read_text(encoding="utf-8") == draw.PICTURES[name]()
@@ -134,4 +125,4 @@ def test_the_speed_table_is_the_figures_that_bench_py_kept():
     assert table in README, table
 
 def test_it_can_be_read_in_one_sitting():
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 220 and len(README.encode()) <= 15_500
