@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 FULL = {
     "generate": {"d_model": 768, "n_layer": 24, "vocab_size": 65024},
     "training": {"d_model": 256, "n_layer": 4, "vocab_size": 257},
-    "prompt": 512, "written": 32, "batch": 8, "context": 256, "rounds": 8,
+    "prompt": 512, "written": 32, "batch": 8, "context": 256, "rounds": 5,
     "lengths": [128, 512, 2048, 8192, 32768],
 }
 QUICK = {
@@ -343,7 +343,8 @@ def table(machines: dict[str, dict[str, list[dict]]]) -> str:
             for peer, rounds in peers.items():
                 value = statistics.median(row[name] for row in rounds)
                 ratio = "" if peer == "ours" else f" ({value / base:.2g})"
-                rows.setdefault(peer, [peer]).append(f"{value:.3g}{ratio}")
+                words = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+                rows.setdefault(peer, [peer]).append(words + ratio)
     lines = [head, ["---"] * len(head), *rows.values()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
