@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from threading import Event
 
 import torch
@@ -134,61 +134,52 @@ class Text:
     A token's text depends on those before it: often the first word of all loses its space. So new
     tokens are decoded with some old ones, and what these alone give is cut off.
     """
-    def __init__(self, tokenizer: Tokenizer, shown=(), waiting=()):
+    def __init__(self, tokenizer: Tokenizer, shown: list, waiting: list, unread: list):
         self.tokenizer = tokenizer
-        self.shown = [*shown]           # the last tokens that were shown
-        self.waiting = [*waiting]       # the tokens after them
+        self.shown = shown              # the last tokens that were shown
+        self.waiting = waiting          # the tokens after them
+        self.unread = unread            # the last tokens, which the model has not read
+        self.ended = False
 
-    def show(self, ended: bool) -> str:
+    def show(self) -> str:
         """The text of what waits. If it has not ended, half a character goes on waiting."""
-        decode = partial(self.tokenizer.decode, skip_special_tokens=False)
         tokens = self.shown + self.waiting
-        if not ended:
-            # Some tokenizers, not Falcon's, have tokens of one byte, like <0xE2>. A wrong byte in a
-            # run of them makes U+FFFD of the others too. So a run waits for its end.
-            is_byte = re.fullmatch("<0x..>", self.tokenizer.id_to_token(tokens[-1]) or "")
-            if is_byte or decode(tokens).endswith("\ufffd"):
-                return ""
-        before = decode(self.shown)
+        before = self.tokenizer.decode(self.shown, skip_special_tokens=False)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        # Some tokenizers, not Falcon's, have tokens of one byte, like <0xE2>. A wrong byte in a run
+        # of them makes U+FFFD of the others too. So a run waits for its end.
+        last = self.tokenizer.id_to_token(tokens[-1]) or ""
+        is_half = text.endswith("\ufffd") or re.fullmatch("<0x..>", last)
+        if is_half and not self.ended:
+            return ""
         self.shown = tokens[-RECENT:]
         self.waiting = []
-        return decode(tokens)[len(before):]
+        return text[len(before):]
 
-def write(steps: Iterator[Tensor], tokenizer: Tokenizer, prompts: list[str], stop: list[int],
-          texts: list[Text] | None = None, goes_on: bool = False) -> tuple[list, list, State]:
-    """Print the first text as it is made, and the others after it.
+def write(steps: Iterator[Tensor], texts: list[Text], stop: list[int], goes_on: bool):
+    """Print the first text as it is made, then the others. Half a character waits if it goes on.
 
-    `texts` are what stands before the prompts. What waits in the end is left to a run that goes on.
-    Returns each step's tokens, the times before the first and after each, and the last state.
+    Returns the times before the first step and after each, and the last state.
     """
-    texts = texts or [Text(tokenizer) for _ in prompts]
-    pieces = []
-    for text, prompt in zip(texts, prompts):
-        rest = text.show(ended=True) if prompt else ""
-        pieces.append([rest, prompt])       # as it was typed, which its tokens may not be
-        text.shown += tokenizer.encode(prompt, add_special_tokens=False).ids
-    print("".join(pieces[0]), end="", flush=True)
-    made = []
-    times = [time.perf_counter()]
+    times = []
     while True:
+        print(texts[0].show(), end="", flush=True)      # at first, the prompt
+        times.append(time.perf_counter())
         try:
-            made.append(next(steps).tolist())
+            tokens = next(steps).tolist()
         except StopIteration as end:    # it carries what the generator returns
             state = end.value
             break
-        times.append(time.perf_counter())
-        for text, token, parts in zip(texts, made[-1], pieces):
-            if token in stop:           # it is not shown; an ended text yields it at each step
-                parts.append(text.show(ended=True))
-                text.shown.append(token)
+        for text, token in zip(texts, tokens):
+            text.unread = [token]
+            if token in stop:           # it is not shown
+                text.ended = True
             else:
                 text.waiting.append(token)
-                parts.append(text.show(ended=False))
-        print(pieces[0][-1], end="", flush=True)
-    print("" if goes_on else texts[0].show(ended=True))
-    for text, parts in zip(texts[1:], pieces[1:]):
-        print("".join(parts) + text.show(ended=True))
-    return made, times, state
+    for text in texts:
+        text.ended = text.ended or not goes_on
+        print(text.show())
+    return times, state
 
 def read_tokenizer(path: Path) -> Tokenizer:
     try:
@@ -205,14 +196,9 @@ def vocabulary(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt's tokens. Warns of characters for which there is none, because they are left out."""
-    if any("\ud800" <= char <= "\udfff" for char in prompt):    # Python's signs for other bytes
-        raise ValueError("the prompt is not UTF-8 text")
-    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
-    lost = set(prompt) - set(tokenizer.decode(tokens, skip_special_tokens=False))
-    if lost:
-        tell(f"warning: the tokenizer has no token for {''.join(sorted(lost))!r:.60} and drops it")
-    return tokens
+    """A prompt's tokens. Some tokenizers drop characters, so a prompt is shown as they read it."""
+    prompt.encode()     # ValueError if it was typed in bytes that are not UTF-8
+    return tokenizer.encode(prompt, add_special_tokens=False).ids
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """What ends a text: <|endoftext|>, and what generation_config.json or config.json says."""
@@ -233,8 +219,9 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
 def save_state(path: Path, state: State, text: Text) -> None:
     """Keep a text's state and its last tokens. The state has read all but the very last."""
     tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
-    tensors["shown"] = torch.tensor(text.shown[-RECENT:], dtype=torch.int64)
-    tensors["waiting"] = torch.tensor(text.waiting, dtype=torch.int64)
+    kept = {"shown": text.shown, "waiting": text.waiting, "unread": text.unread[-1:]}
+    for name, tokens in kept.items():
+        tensors[name] = torch.tensor(tokens, dtype=torch.int64)
     new = path.with_name(path.name + ".partial")
     try:
         new.write_bytes(save(tensors))
@@ -242,30 +229,28 @@ def save_state(path: Path, state: State, text: Text) -> None:
     finally:
         new.unlink(missing_ok=True)     # a full disk leaves half of it
 
-def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list[int], list[int]]:
-    """A file's state, once for each of `batch` texts; the tokens it has shown; those that wait."""
+def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list, list, list]:
+    """A file's state, once for each of `batch` texts, and a Text's three lists of tokens."""
     state = model.blank_state(batch)
     if path is None:
-        return state, [], []
+        return state, [], [], []
     try:
         found = load_file(path)
-        conv, ssm = found["conv"], found["ssm"]
-        shown, waiting = found["shown"], found["waiting"]
+        pairs = (state.conv, found["conv"]), (state.ssm, found["ssm"])
+        tokens = [found[name].flatten().tolist() for name in ("shown", "waiting", "unread")]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a state file: {str(error)!r:.300}") from error
-    for layers, kept in (state.conv, conv), (state.ssm, ssm):
-        needed = [len(layers), 1, *layers[0].shape[1:]]
-        if [*kept.shape] != needed or kept.dtype not in DTYPES.values():
+    for layers, kept in pairs:
+        needed = torch.stack(layers)[:, :1].shape
+        if kept.shape != needed or not kept.is_floating_point():
             raise ValueError(f"{path} has a state of {[*kept.shape]} in {kept.dtype}, but this "
-                             f"model needs {needed} in floats")
+                             f"model needs {[*needed]} in floats")
         for layer, values in zip(layers, kept):
             layer.copy_(values)                                 # (b, ...) from (1, ...)
-    for tokens in shown, waiting:
-        if tokens.dtype != torch.int64 or tokens.dim() != 1:
-            raise ValueError(f"{path} has tokens of {[*tokens.shape]} in {tokens.dtype}, no list")
-        if tokens.lt(0).any() or tokens.ge(model.config.vocab_size).any():
-            raise ValueError(f"{path} has tokens that the model has not: {tokens.tolist()!r:.200}")
-    return state, shown.tolist(), waiting.tolist()
+    for token in sum(tokens, []):
+        if type(token) is not int or not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"{path} has a token that the model has not: {token}")
+    return state, *tokens
 
 # The command line.
 
@@ -294,14 +279,15 @@ def load(args: argparse.Namespace) -> tuple[Mamba, Tokenizer, list[int]]:
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     stop = end_tokens(folder, tokenizer)
     model = Mamba.from_pretrained(folder, args.device, DTYPES[args.dtype], bool(args.quantize))
-    size = vocabulary(tokenizer)
-    if size > model.config.vocab_size:
-        raise ValueError(f"{folder}'s tokenizer has {size} tokens, its model {model.config.vocab_size}")
+    if vocabulary(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"{folder}'s tokenizer has {vocabulary(tokenizer)} tokens, its model only "
+                         f"{model.config.vocab_size}")
     weights = sum(p.nbytes for p in model.parameters())
     if args.device.type == "cpu" and weights < SMALL:
         torch.set_num_threads(1)
-    tell(f"{args.model}: {weights / 1e9:.3g} GB of weights on {args.device}, "
-         f"{model.backbone.embeddings.weight.dtype}; scan: {default_backend(args.device, PIECE)} for prompts, "
+    dtype = model.backbone.embeddings.weight.dtype
+    tell(f"{args.model}: {weights / 1e9:.3g} GB of weights on {args.device}, {dtype}; "
+         f"scan: {default_backend(args.device, PIECE)} for prompts, "
          f"{default_backend(args.device, 1)} for tokens; "
          f"loaded in {time.perf_counter() - begin:.1f} s; seed {args.seed}")
     return model, tokenizer, stop
@@ -314,12 +300,18 @@ def run(args: argparse.Namespace) -> None:
     if not args.load_state and not all(prompts):
         raise ValueError("without --load-state, each --prompt needs text; so does standard input")
     model, tokenizer, stop = load(args)
-    state, shown, waiting = load_state(args.load_state, model, len(prompts))
-    texts = [Text(tokenizer, shown, waiting) for _ in prompts]
-    unread = (shown + waiting)[-1:]     # by the state
-    rows = [unread + encode(tokenizer, prompt) for prompt in prompts]
+    state, shown, waiting, unread = load_state(args.load_state, model, len(prompts))
+    texts = []
+    for prompt in prompts:
+        tokens = encode(tokenizer, prompt)
+        texts.append(Text(tokenizer, shown, waiting + tokens, unread + tokens))
+    rows = [text.unread for text in texts]
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")
+    if args.show_steps:
+        from tests.draw import draw_steps
+        draw_steps(model, tokenizer, rows[0], args.show_steps)
+        return
     # Shorter prompts are padded on the left. A reset at their first token hides the padding.
     length = max(map(len, rows))
     tokens = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=args.device)
@@ -337,27 +329,27 @@ def run(args: argparse.Namespace) -> None:
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                      stop, generator, state, reset, interrupted)
-    _, times, state = write(steps, tokenizer, prompts, stop, texts, goes_on=bool(args.save_state))
+    times, state = write(steps, texts, stop, goes_on=bool(args.save_state))
     if args.save_state:
         save_state(args.save_state, state, texts[0])
-    report(times, rows, args.device)
+    report(times, sum(map(len, rows)), len(rows), args.device)
     if interrupted.is_set():
         sys.exit(130)
 
-def report(times: list[float], rows: list[list[int]], device: torch.device) -> None:
+def report(times: list[float], read: int, texts: int, device: torch.device) -> None:
+    """How fast the prompts were read and the texts written, and in how much memory."""
     steps = len(times) - 1
     facts = f"{steps} steps"
     if steps > 0:
-        facts += f"; prefill {sum(map(len, rows)) / (times[1] - times[0]):.1f} tokens/s"
+        facts += f"; prefill {read / (times[1] - times[0]):.1f} tokens/s"
     if steps > 1:
-        facts += f"; decode {(steps - 1) * len(rows) / (times[-1] - times[1]):.1f} tokens/s"
+        facts += f"; decode {(steps - 1) * texts / (times[-1] - times[1]):.1f} tokens/s"
     if device.type == "cuda":
-        facts += f"; at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
-    elif os.name == "posix":
+        facts += f"; at most {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    elif sys.platform == "linux":
         import resource     # not on Windows
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        facts += f"; at most {peak / 1e9:.2f} GB of memory"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        facts += f"; at most {peak * 1024 / 1e9:.2f} GB of memory"
     tell(facts)
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -373,7 +365,8 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 def new_file(text: str) -> Path:
     """An argparse type: a file that can be made or replaced."""
     path = Path(text)
-    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    if is_other or not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f"{text!r} is no file, or in no folder")
     return path
 
@@ -384,18 +377,13 @@ def device(text: str) -> torch.device:
     try:
         found = torch.zeros(1, device=text)
         found.item()            # fails on "meta", which keeps no numbers
-        if found.is_cuda:       # streams, graphs and FSDP use the current one
-            torch.cuda.set_device(found.device)
+        return found.device
     except Exception as error:  # each backend raises its own
-        why = " ".join(str(error).split())
-        raise argparse.ArgumentTypeError(f"{text!r:.50} is not usable here ({why:.200}); try cpu")
-    return found.device
+        why = shorten(str(error), 200)
+        raise argparse.ArgumentTypeError(f"{text!r:.50} is not usable here ({why}); try cpu")
 
 def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")        # None: closed
-    for stream in sys.stdin, sys.stdout:
-        if hasattr(stream, "reconfigure"):                  # Windows has another encoding for pipes
-            stream.reconfigure(encoding="utf-8")
     parser = argparse.ArgumentParser(description="Continue a text with a Falcon-Mamba.")
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",
@@ -414,29 +402,29 @@ def main() -> None:
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
     add("--save-state", type=new_file, metavar="FILE", help="keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
+    add("--show-steps", type=new_file, metavar="FILE.svg",
+        help="write nothing, but draw how long each token of the prompt lasts in each layer")
     args = parser.parse_args()
     args.prompt = args.prompt or [""]
     texts = len(args.prompt) * args.num_samples
     if (args.load_state and len(args.prompt) > 1) or (args.save_state and texts > 1):
         parser.error(f"a state file holds one text, but there are {len(args.prompt)} prompts and "
                      f"--num-samples is {args.num_samples}")
+    if args.show_steps and (args.load_state or texts > 1):
+        parser.error("--show-steps draws a single prompt, from its beginning")
     try:
         run(args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.stdout = None       # or Python would try once more to write what it holds
-        if not isinstance(error, BrokenPipeError):
-            sys.exit(f"sample.py: {error}")
-        if args.save_state:     # without it all is well: whoever read the text had enough (`| head`)
-            sys.exit(f"sample.py: the text's reader left early; {args.save_state} is not written")
-    except ValueError as error:
+        if isinstance(error, BrokenPipeError) and not args.save_state:
+            return              # whoever read the text had enough (`| head`)
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:
         words = str(error)
-        if re.search(r"C(\+\+)? compiler", words):       # torch.compile and Triton need one
-            sys.exit(f"sample.py: {words.splitlines()[0]}")
-        if "out of memory" not in words and "can't allocate memory" not in words:
+        if not re.search(r"out of memory|can't allocate memory|C(\+\+)? compiler", words):
             raise
-        sys.exit(f"sample.py: out of memory ({words.splitlines()[0]}); try --quantize int4")
+        advice = "" if "compiler" in words else "; try --quantize int4"
+        sys.exit(f"sample.py: {words.splitlines()[0]}{advice}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,5 +1,9 @@
 """What all tests share: the files can be imported, nothing reaches the network, and two cores are busy."""
+import contextlib
+import io
 import os
+import re
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +24,41 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if not torch.cuda.is_available():   # Triton reads this as it decorates the kernels, so before their import
     os.environ["TRITON_INTERPRET"] = "1"
+
+def call(program, *flags):
+    """Run a program's main here -> its exit status, its output, and what it told on the way."""
+    sys.argv = [program.__file__, *map(str, flags)]
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")    # as Python's own
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            program.main()
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):     # Python prints it, and exits with 1
+                print(status, file=err)
+                status = 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out.seek(0)
+    err.seek(0)
+    return status, out.read(), err.read()
+
+def complaints(told):
+    """The lines that the programs and argparse do not tell when all is well."""
+    notes = r"loading |reading |compiling |skipping |usage: | |\d+ steps|.* GB of weights|$"
+    return [line for line in told.splitlines() if not re.match(notes, line)]
+
+def assert_sentence(told, *words):
+    """What is complained of is one line that a person can read at a glance, holding all `words`."""
+    lines = complaints(told)
+    assert len(lines) == 1, f"not one line: {lines}"
+    assert re.match(r"(sample|train)\.py: ", lines[0]), lines
+    assert len(lines[0]) < 600 and lines[0].isprintable() and "Traceback" not in lines[0], lines
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "begun" in item.fixturenames)       # last: by then it has been done

@@ -5,7 +5,7 @@
     python tests/draw.py out --keep     both: the README then shows the run in out/
 
 block, tree and passes are laid out by hand. schedule asks train.py's own functions. The others show figures
-that lie beside them in assets/: --keep writes loss.jsonl and states.json, of a run and its model, and
+that lie beside them in assets/: --keep writes loss.jsonl and model.json, of a run and its model, and
 `python tests/bench.py --save assets/bench.json` writes bench.json.
 """
 import argparse
@@ -197,39 +197,147 @@ def keep_losses(rows: list[dict]) -> None:
 # The states of a model
 
 SNIPPET = "def area(width, height):\n    return width * height\n"
+CODE = '''import os
 
-def keep_states(folder: Path) -> None:
-    """What states.svg needs of the model in this folder: the steps and three states of one channel.
+class Stack:
+    """A list that grows at one end."""
 
-    It is the channel whose steps differ most from byte to byte, of those that write something at all.
-    """
+    def push(self, item):
+        self.items.append(item)
+        return len(self.items)
+'''
+
+def read_along(model, tokens: list[int], see) -> None:
+    """The model reads, and in each layer see(mixer, x, delta, B) is called: (l, d), (l, d), (l, n)."""
     import torch
     import torch.nn.functional as F
-    import mamba
-    from train import byte_tokenizer
-    layers = []
-    scan = mamba.selective_scan
+    mixers = [layer.mixer for layer in model.backbone.layers]
 
-    def spy(x, dt, A, B, C, D, z, dt_bias, *more):
-        layers.append((x[0], F.softplus(dt + dt_bias)[0], A, B[0]))
-        return scan(x, dt, A, B, C, D, z, dt_bias, *more)
-    mamba.selective_scan = spy
-    model = mamba.Mamba.from_pretrained(folder)
-    with torch.no_grad():
-        model(torch.tensor([byte_tokenizer().encode(SNIPPET).ids]))
-        deltas = torch.stack([delta for _, delta, _, _ in layers])          # (layers, l, d)
-        spread = deltas.log().std(1) * (deltas.amax(1) > 0.2)               # (layers, d)
-        layer, c = divmod(spread.argmax().item(), spread.shape[1])
-        x, delta, A, B = layers[layer]
-        h = torch.zeros_like(B)                                             # (l, n)
-        for t in range(len(x)):         # h[-1], which is read first, is still 0
-            h[t] = torch.exp(delta[t, c] * A[c]) * h[t - 1] + delta[t, c] * B[t] * x[t, c]
+    def watch(mixer):
+        selection = mixer.selection
+
+        def watched(x):
+            dt, B, C = selection(x)
+            delta = F.softplus(dt.float() + mixer.dt_proj.bias.float())
+            see(mixer, x[0], delta[0], B[0])
+            return dt, B, C
+        mixer.selection = watched
+
+    for mixer in mixers:
+        watch(mixer)
+    device = model.backbone.embeddings.weight.device
+    try:
+        with torch.inference_mode():
+            model(torch.tensor([tokens], device=device), last_only=True)
+    finally:
+        for mixer in mixers:
+            del mixer.selection         # its own, hidden by `watched`, is seen again
+
+def mean_steps(model, tokens: list[int]) -> list[list[float]]:
+    """Of each layer the step of each token, a mean over the channels."""
+    layers = []
+
+    def see(mixer, x, delta, B):
+        layers.append(rounded(delta.mean(-1)))
+    read_along(model, tokens, see)
+    if not all(0 < value < math.inf for row in layers for value in row):
+        raise ValueError("some steps are no positive numbers; the model's weights are damaged")
+    return layers
+
+def keep_model(folder: Path) -> None:
+    """What states.svg and steps.svg need of the model in this folder.
+
+    states.svg shows the channel whose steps differ most from byte to byte, of those that write
+    something at all.
+    """
+    import torch
+    from mamba import Mamba
+    from train import byte_tokenizer
+    model = Mamba.from_pretrained(folder)
+    layers = []
+
+    def see(mixer, *seen):
+        layers.append((-torch.exp(mixer.A_log), *seen))
+    read_along(model, byte_tokenizer().encode(SNIPPET).ids, see)
+    deltas = torch.stack([delta for _, _, delta, _ in layers])              # (layers, l, d)
+    spread = deltas.log().std(1) * (deltas.amax(1) > 0.2)                   # (layers, d)
+    layer, c = divmod(spread.argmax().item(), spread.shape[1])
+    A, x, delta, B = layers[layer]
+    h = torch.zeros_like(B)                                                 # (l, n)
+    for t in range(len(x)):         # h[-1], which is read first, is still 0
+        h[t] = torch.exp(delta[t, c] * A[c]) * h[t - 1] + delta[t, c] * B[t] * x[t, c]
     found = {"layer": layer, "channel": c, "delta": rounded(delta[:, c])}
     found["states"] = {f"{A[c, n]:.1f}": rounded(h[:, n]) for n in (0, 3, 15)}
-    (ASSETS / "states.json").write_text(json.dumps(found, indent=1) + "\n")
+    found["steps"] = mean_steps(model, byte_tokenizer().encode(CODE).ids)
+    (ASSETS / "model.json").write_text(json.dumps(found) + "\n")
 
 def rounded(values) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
+
+def draw_steps(model, tokenizer, tokens: list[int], path: Path) -> None:
+    """How long each token lasts in each layer, as SVG: of any model, the first 500 tokens."""
+    if not tokens:
+        raise ValueError("there is no token to draw; give a --prompt")
+    shown = tokens[:500]
+    title = "Δ, how long each token lasts, in each layer"
+    if len(tokens) > len(shown):
+        title += f": the first {len(shown)} of {len(tokens)} tokens"
+    words = [tokenizer.decode([token], skip_special_tokens=False) for token in shown]
+    picture = steps_picture(mean_steps(model, shown), words, title)
+    Path(path).write_text(picture, encoding="utf-8")
+
+def steps_picture(layers: list[list[float]], words: list[str], title: str) -> str:
+    """A row a layer, a column a token. It goes on below as a text does."""
+    high = max(3, min(16, 160 // len(layers)))      # of a row
+    lines = [[]]                                    # of each line the places of its tokens
+    x = 0
+    for t, word in enumerate(words):
+        word = visible(word)
+        width = 3 + 8 * len(word)
+        if x + width > 900 and x > 0:
+            lines.append([])
+            x = 0
+        lines[-1].append((t, word, 70 + x, width))
+        x += width
+    shades = [shades_of(row) for row in layers]
+    marks = [text(70, 28, title, "", "start")]
+    marks.append(text(970, 28, "pale: it passes by; full: it is taken in", "small soft", "end"))
+    top = 44
+    for places in lines:
+        cells = {}                                  # shade -> the path of its cells
+        bottom = top + high * len(layers)
+        for i, row in enumerate(shades):
+            y = top + high * i
+            if high >= 12 or i % 8 == 0:
+                marks.append(text(62, y + min(high, 12), f"layer {i}", "small soft", "end"))
+            for t, _, x, width in places:
+                cell = f"M{x} {y}h{width - 1}v{high - 1}h{1 - width}z"
+                cells[row[t]] = cells.get(row[t], "") + cell
+        for shade, path in sorted(cells.items()):
+            marks.append(f'<path class="dot0" opacity="{shade}" d="{path}"/>')
+        for _, word, x, width in places:
+            fit = f'x="{x + 1}" y="{bottom + 13}" textLength="{width - 3}"'
+            marks.append(f'<text class="small" {fit}>{escape(word)}</text>')
+        top = bottom + 30
+    return svg(1000, top, title, marks)
+
+def visible(word: str) -> str:
+    """Each character as one that is seen and that XML allows. Of long words, the beginning."""
+    marks = {" ": "␣", "\n": "↵", "\t": "⇥"}
+    seen = [marks.get(char, char if char.isprintable() else "�") for char in word[:40]]
+    return "".join(seen) or "�"
+
+def shades_of(row: list[float]) -> list[float]:
+    """From .1 to 1, by the logarithm. The shortest twentieth is all .1, the longest all 1."""
+    ordered = sorted(row)
+    cut = len(row) // 20
+    low = math.log(ordered[cut])
+    high = math.log(ordered[-1 - cut])
+    shades = []
+    for value in row:
+        part = (math.log(value) - low) / (high - low) if high > low else 0.5
+        shades.append(round(0.1 + 0.9 * min(max(part, 0), 1), 1))
+    return shades
 
 # The README's pictures
 
@@ -338,7 +446,7 @@ def passes() -> str:
 
 def states() -> str:
     """One channel of the default run's model over a snippet: a long step writes and forgets."""
-    found = json.loads((ASSETS / "states.json").read_text())
+    found = json.loads((ASSETS / "model.json").read_text())
     wide = 17
 
     def across(t):
@@ -366,6 +474,11 @@ def states() -> str:
     marks.append(text(54, 224, f"{longest:.2g}", "small soft", "end"))
     marks.append(text(54, 294, "0", "small soft", "end"))
     return svg(62 + width + 24, 330, "One channel reads a line of Python: a long step writes and forgets", marks)
+
+def steps() -> str:
+    """The steps of the default run's model over some Python, a mean over each layer's channels."""
+    found = json.loads((ASSETS / "model.json").read_text())
+    return steps_picture(found["steps"], [*CODE], "Δ, how long each byte lasts, in each layer")
 
 def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
@@ -400,7 +513,7 @@ def cost() -> str:
         marks += chart(62 + 380 * column, 78, 290, 144, title, "tokens before it", curves, log=True)
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
-PICTURES = {"block.svg": block, "states.svg": states, "tree.svg": tree, "passes.svg": passes,
+PICTURES = {"block.svg": block, "states.svg": states, "steps.svg": steps, "tree.svg": tree, "passes.svg": passes,
             "schedule.svg": schedule, "loss.svg": loss, "cost.svg": cost}
 
 def main() -> None:
@@ -417,7 +530,7 @@ def main() -> None:
             path.write_text(losses(rows, f"Loss of the run in {args.out}"), encoding="utf-8")
             if args.keep:
                 keep_losses(rows)
-                keep_states(args.out)
+                keep_model(args.out)
         except (ValueError, OSError) as e:
             parser.error(str(e))
         print(path)

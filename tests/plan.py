@@ -39,8 +39,7 @@ def print_plan(args, recipe) -> None:
     print("noise temperature: learning rate / sqrt(batch)\n")
     print(f"{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({each:.3g} a token): on {args.world_size} H100 "
           f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}\n")
-    contexts = {stage.context for stage in recipe.stages}
-    print_memory(config, args.world_size, sorted(contexts), args.offload)
+    print_memory(args, recipe, config)
 
 def planned_config(args, recipe) -> MambaConfig:
     """The sizes of the model that this command would train. Nothing is downloaded to know them."""
@@ -122,24 +121,35 @@ def print_row(recipe, start: int, end: int, steps: int) -> None:
     row += " ".join(f"{name} {share:.0%}" for name, share in train.shares(stage.mixture).items())
     print(row)
 
-def print_memory(config: MambaConfig, world: int, contexts: list[int], offload: bool) -> None:
-    needs = memory(config, world, torch.bfloat16, offload)
-    if offload:
+def print_memory(args, recipe, config: MambaConfig) -> None:
+    needs = memory(config, args.world_size, torch.bfloat16, args.offload)
+    if args.offload:
         print("memory of the host for each GPU in GB, in fp32:")
         print_parts(needs.host)
     print("memory of each GPU in GB, with fp32 parameters and bf16 products:")
     used = print_parts(needs.gpu | {"CUDA, NCCL and fragments (our guess)": OVERHEAD})
-    for context in contexts:
-        for way, each in needs.activations.items():
-            row = context * each
-            rows = max(GPU - used, 0) // row
-            print(f"  activations, context {context} {way:>7} --checkpoint-activations{row / 1e9:7.2f} GB a "
-                  f"row; 80 GB hold --micro-batch {rows:.0f}")
-    smallest = contexts[0] * needs.activations["with"]
-    if used + smallest > GPU and not offload:
-        kept = sum(memory(config, world, torch.bfloat16, offload=True).host.values())
+    print(f"and for a step, which adds up whole gradients if it takes several passes of --micro-tokens "
+          f"{args.micro_tokens}:")
+    for way, each in needs.activations.items():
+        hold = (GPU - used - needs.whole_gradients) // each
+        for context in sorted({stage.context for stage in recipe.stages}):
+            passes, tokens = cut_step(args, recipe, context, args.world_size)
+            size = tokens * each + (needs.whole_gradients if passes > 1 else 0)
+            print(f"  context {context}, passes: {passes}, {way:>7} --checkpoint-activations{size / 1e9:9.2f}"
+                  f", together {(used + size) / GPU:.0%} of 80 GB")
+        if hold >= recipe.longest:
+            print(f"  80 GB hold --micro-tokens {hold:.0f} {way} --checkpoint-activations")
+    smallest = recipe.longest * needs.activations["with"]
+    if used + smallest > GPU and not args.offload:
+        kept = sum(memory(config, args.world_size, torch.bfloat16, offload=True).host.values())
         print(f"80 GB do not hold a single row: {gb(kept)} are for weights, gradients and Adam's averages. "
               "--offload keeps these in the host's memory, and more GPUs share them.")
+
+def cut_step(args, recipe, context: int, world: int) -> tuple[int, int]:
+    """How many passes a rank makes in a step of the last batch's size, and the tokens of the first one."""
+    rows = math.ceil(recipe.batch_end / world)
+    at_once = min(rows, max(1, args.micro_tokens // context))
+    return math.ceil(rows / at_once), at_once * context
 
 def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
@@ -154,9 +164,10 @@ def print_parts(parts: dict[str, float]) -> float:
 
 class Memory(NamedTuple):
     """What each rank needs, in bytes."""
-    gpu: dict[str, float]           # part -> bytes, whatever --micro-batch is
+    gpu: dict[str, float]           # part -> bytes, whatever --micro-tokens is
     host: dict[str, float]          # part -> bytes that --offload keeps in the host's memory
     activations: dict[str, float]   # "without" or "with" --checkpoint-activations -> bytes a token of a pass
+    whole_gradients: float          # bytes: they add up on each rank over several passes
 
 def memory(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool = False) -> Memory:
     """The memory of each of `world` ranks. The large products are in `dtype`, and all else is in fp32."""
@@ -174,17 +185,19 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool = 
     }
     gpu = {} if offload else dict(kept)
     gpu["logits of 1024 tokens, with gradients"] = 3 * 4 * PIECE * config.vocab_size
+    whole_gradients = 0
     # A rank alone multiplies fp32 parameters as they are. In any other case fully_shard makes copies.
     if world > 1 or offload or dtype != torch.float32:
         gpu["gathered: embeddings, head, 3 blocks"] = (root + 3 * block) * dtype.itemsize
         gpu["their gradients on the way"] = max(root, 2 * block) * (dtype.itemsize + 4)
-        gpu["whole gradients, where a step takes several passes"] = 4 * whole
+        whole_gradients = 4 * whole
     one_block = block_activations(config, dtype)
     streams = 4 * config.d_model * config.n_layer       # what enters each block, in fp32
     return Memory(
         gpu=gpu,
         host=kept if offload else {},
         activations={"without": config.n_layer * one_block, "with": streams + one_block},
+        whole_gradients=whole_gradients,
     )
 
 def block_activations(config: MambaConfig, dtype: torch.dtype) -> float:
@@ -215,25 +228,28 @@ def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
         raise ValueError(f"--offload needs {gb(kept)} of the host's memory for each process, for weights, "
                          f"gradients and Adam's averages, and there are {gb(host)}; use more GPUs, which share "
                          "them")
-    rows = min(args.micro_batch, math.ceil(recipe.batch_end / world))
-    row = recipe.longest * needs.activations["with" if args.checkpoint_activations else "without"]
-    small_row = recipe.longest * needs.activations["with"]
-    fixed = sum(needs.gpu.values())
-    planned = fixed + rows * row
+    passes, tokens = max((cut_step(args, recipe, stage.context, world) for stage in recipe.stages),
+                         key=lambda cut: (min(cut[0], 2), cut[1]))
+    fixed = sum(needs.gpu.values()) + (needs.whole_gradients if passes > 1 else 0)
+    each = needs.activations["with" if args.checkpoint_activations else "without"]
     surely_kept = 0 if offload else kept
+    planned = fixed + tokens * each
     if max(surely_kept, AT_LEAST * planned) <= has:
         return
-    if fixed + row <= has:
-        way_out = f"--micro-batch {(has - fixed) // row:.0f} fits"
-    elif fixed + small_row <= has:
-        way_out = f"--checkpoint-activations with --micro-batch {min(rows, (has - fixed) // small_row):.0f} fits"
+    fixed = sum(needs.gpu.values()) + needs.whole_gradients
+    hold = (has - fixed) // each
+    hold_more = (has - fixed) // needs.activations["with"]
+    if hold >= recipe.longest:
+        way_out = f"--micro-tokens {hold:.0f} fits"
+    elif hold_more >= recipe.longest:
+        way_out = f"--checkpoint-activations with --micro-tokens {min(hold_more, args.micro_tokens):.0f} fits"
     elif on_gpu and not offload and kept <= host:
         way_out = f"--offload keeps {gb(kept)} of this in the host's memory"
     else:
         way_out = "use more GPUs, a shorter --context or a smaller model"
     raise ValueError(f"each process needs {gb(planned)} and has {gb(has)}: {gb(surely_kept)} for weights, "
-                     f"gradients and Adam's averages, {gb(rows * row)} for --micro-batch {rows} at "
-                     f"{recipe.longest} tokens a row; {way_out}")
+                     f"gradients and Adam's averages, {gb(tokens * each)} for a pass of {tokens} tokens; "
+                     f"{way_out}")
 
 def gpu_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import assert_sentence
 from test_train import END, trained
 from tokenizers import Tokenizer, models
 
@@ -55,12 +56,6 @@ def call(pristine, tmp_path, monkeypatch, trained):
         notes = "usage:", " ", "skipping "
         return status, "\n".join(line for line in err.splitlines() if not line.startswith(notes))
     return run
-
-def assert_sentence(text, *words):
-    assert len(text.splitlines()) == 1 and text.isprintable() and text.startswith("train.py: "), text
-    assert len(text) < 600 and "Traceback" not in text, text
-    for word in words:
-        assert word in text, f"{word!r} is not in {text!r}"
 
 def test_nothing_is_refused_without_a_reason(call):
     """Or the refusals below would prove nothing."""

@@ -4,8 +4,11 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import draw
+from mamba import Mamba, MambaConfig
+from train import byte_tokenizer
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch, capsys):
@@ -46,3 +49,22 @@ def test_a_runs_losses_are_a_line_and_the_held_out_ones_dots_by_source(drawn, st
 ])
 def test_metrics_that_cannot_be_drawn_are_one_sentence(drawn, metrics, words):
     assert words in drawn(metrics)
+
+@pytest.mark.parametrize("layers, dtype", [(1, torch.float32), (64, torch.bfloat16)])
+def test_steps_have_a_cell_for_each_layer_and_token_and_any_text_beside(tmp_path, layers, dtype):
+    sizes = MambaConfig(vocab_size=257, d_model=16, n_layer=layers)
+    model = Mamba(sizes).to(dtype)
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer.encode("<a>\x00\n\té" * 80).ids + [256]
+    before = model(torch.tensor([tokens[:9]]))[0]
+    draw.draw_steps(model, tokenizer, tokens, tmp_path / "steps.svg")
+    elements = [*ElementTree.parse(tmp_path / "steps.svg").iter()]
+    cells = sum(e.get("d").count("M") for e in elements if e.get("class") == "dot0")
+    assert cells == 500 * layers
+    words = [e.text for e in elements if e.get("textLength")]
+    assert words[:9] == [*"<a>�↵⇥��<"]
+    assert torch.equal(model(torch.tensor([tokens[:9]]))[0], before)
+
+def test_a_long_step_is_a_full_cell_in_each_layer_by_itself():
+    assert draw.shades_of([1, 10, 100]) == [0.1, 0.6, 1.0]
+    assert draw.shades_of([0.01, 0.01]) == [0.6, 0.6]

@@ -37,7 +37,8 @@ def test_the_plan_of_the_7b_prints_the_whole_run(planned):
     assert re.search(r"decay +5e\+12 +5.5e\+12 .*8192 .*6.40e-04 -> 2.50e-06", out)
     days = float(re.search(r"on 256 H100 ([\d.]+) days at 18% MFU", out)[1])
     assert 50 < days < 70       # "about two months"
-    assert re.search(r"context 8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
+    assert re.search(r"context 2048, passes: 1, +with --checkpoint-activations .* together [3-5]\d% of 80 GB", out)
+    assert re.search(r"context 8192, passes: 4, ", out) and "hold --micro-tokens" in out
 
 @pytest.mark.parametrize("recipe", [
     RECIPES["tiny"],
@@ -118,33 +119,32 @@ def test_the_planned_memory_is_what_a_step_takes(layers, kind):
 
 def test_one_gpu_keeps_116_gb_of_the_7b_or_its_host_does(planned):
     out = planned("--recipe continue")
-    assert "116.4 GB" in out and "--offload" in out and not re.search("--micro-batch [1-9]", out)
+    assert "116.4 GB" in out and "--offload" in out and "80 GB hold" not in out
     out = planned("--recipe continue --offload")
     assert re.search(r"memory of the host.*\n(.*\n){3}  together +116.36\n", out)
-    assert re.search(r"8192 +with --checkpoint-activations .* 80 GB hold --micro-batch [1-9]", out)
+    assert re.search(r"80 GB hold --micro-tokens \d+ with --checkpoint-activations", out)
 
 @pytest.mark.parametrize("world, flags, host, words", [
-    (1, "", 160e9, ["has 80.0 GB: 116.4 GB for weights", "micro-batch 16 at 8192", "--offload keeps"]),
+    (1, "", 160e9, ["has 80.0 GB: 116.4 GB for weights", "a pass of 16384 tokens", "--offload keeps"]),
     (1, "", 100e9, ["use more GPUs"]),
     (1, "--device cpu", 100e9, ["has 100.0 GB: 116.4 GB", "use more GPUs"]),
     (1, "--offload", 100e9, ["--offload needs 116.4 GB", "there are 100.0 GB", "use more GPUs"]),
-    (1, "--offload", 160e9, ["has 80.0 GB", "--checkpoint-activations with --micro-batch 4 fits"]),
-    (8, "--checkpoint-activations", 160e9, ["14.5 GB for weights", "; --micro-batch 3 fits"]),
+    (1, "--offload", 160e9, ["has 80.0 GB", "--checkpoint-activations with --micro-tokens 16384 fits"]),
+    (8, "--checkpoint-activations --micro-tokens 81920", 160e9, ["14.5 GB for weights", "; --micro-tokens "]),
 ])
 def test_a_run_that_cannot_fit_is_told_so_with_both_values_and_the_flag_that_helps(monkeypatch, world, flags,
                                                                                  host, words):
     monkeypatch.setattr(plan, "gpu_memory", lambda device: 80e9)
     monkeypatch.setattr(plan, "host_memory", lambda: host)
     device = torch.device("cpu" if "cpu" in flags else "cuda")
-    options, _ = train.parse([])
+    options, _ = train.parse(flags.replace("--offload", "").split())
     options.device = device
     options.offload = "--offload" in flags
-    options.checkpoint_activations = "--checkpoint" in flags
     with pytest.raises(ValueError) as error:
         check_memory(options, RECIPES["continue"], MambaConfig(), world)
     assert all(word in str(error.value) for word in words), error.value
-    fits = re.search(r"--micro-batch (\d+) fits", str(error.value))
+    fits = re.search(r"--micro-tokens (\d+) fits", str(error.value))
     if fits:
-        options.micro_batch = int(fits[1])
+        options.micro_tokens = int(fits[1])
         options.checkpoint_activations = True
         check_memory(options, RECIPES["continue"], MambaConfig(), world)
