@@ -32,14 +32,14 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHUNK = 256             # steps
-STEPS = 4               # a block of steps is loaded at once, before the first is computed
+CHUNK = 128             # steps: after so many, a state is a quarter of what x takes in bf16
+STEPS = 4               # a block of them is loaded at once, before the first is computed
 SCRATCH = 500 << 20     # bytes: the backward takes as many chunks at a time as fit in here
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
 # For each of these, Triton would compile a kernel anew where it is 1, and where 16 divides it.
-LENGTHS = ["l", "since", "chunks"]
+LENGTHS = ["l", "since", "chunk", "chunks"]
 # Wanted: thread 0 holds the 16 states of channel 0. If Triton knew that 16 divides these addresses,
 # thread 0 would hold 4 states of channels 0 to 3, and a sum over n would pass between threads.
 STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
@@ -58,12 +58,12 @@ def softplus(v):
     return tl.maximum(v, 0) + 2 * r * series
 
 @triton.jit
-def find_chunk(l, since, chunks, d, CHUNK):
-    # Each sequence of the batch has `chunks` chunks, from step `since` on. This program's is the
-    # k-th of all. int64, because offsets are made from it and may pass 2^31.
+def find_chunk(l, since, chunk, chunks, d):
+    # Each sequence of the batch has `chunks` chunks of `chunk` steps, from step `since` on. This
+    # program's is the k-th of all. int64, because offsets are made from it and may pass 2^31.
     k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
-    start = since + (k % chunks).to(tl.int32) * CHUNK
-    return k, k // chunks, start, tl.minimum(start + CHUNK, l)
+    start = since + (k % chunks).to(tl.int32) * chunk
+    return k, k // chunks, start, tl.minimum(start + chunk, l)
 
 @triton.jit
 def find_channels(d, n):
@@ -120,9 +120,8 @@ def advance(h, x, dt, A2, B, forget):
 @thread_per_channel
 def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
                   decay_ptr, local_ptr,     # (b, chunks, n, d) out
-                  l, chunks, d: tl.constexpr, n: tl.constexpr,
-                  CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    k, sequence, start, end = find_chunk(l, 0, chunks, d, CHUNK)
+                  l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     bias = load(bias_ptr, c, c < d)
@@ -165,9 +164,8 @@ def carry_kernel(h_ptr,         # (b, size): what enters the first, then what le
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                 start_ptr,      # (b, chunks, n, d): what enters each chunk
                 y_ptr,          # (b, l, d) out
-                l, chunks, d: tl.constexpr, n: tl.constexpr,
-                CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    k, sequence, start, end = find_chunk(l, 0, chunks, d, CHUNK)
+                l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
@@ -235,11 +233,10 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
                   start_ptr,        # (b, chunks, n, d): what enters each chunk
                   dy_ptr,           # (b, l, d)
                   dz_ptr,           # (b, l, d) out; None without z
-                  blocks_ptr,       # (b, chunks, CHUNK / BLOCK, n, d) out: what enters each block
+                  blocks_ptr,       # (b, chunks, chunk / BLOCK, n, d) out: what enters each block
                   decay_ptr, local_ptr,     # (b, chunks, n, d) out
-                  l, since, chunks, d: tl.constexpr, n: tl.constexpr,
-                  CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    k, sequence, start, end = find_chunk(l, since, chunks, d, CHUNK)
+                  l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
@@ -248,7 +245,7 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
     local = tl.zeros_like(A2)
     decay = tl.full(A2.shape, 1.0, tl.float32)
     for t in range(start, end, BLOCK):
-        slot = (k * CHUNK + t - start) // BLOCK
+        slot = (k * chunk + t - start) // BLOCK
         tl.store(blocks_ptr + slot * n * d + tile, h, inside)
         row = sequence * l + t
         rest = end - t
@@ -287,15 +284,14 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                    dy_ptr,             # (b, l, d)
-                   blocks_ptr,         # (b, chunks, CHUNK / BLOCK, n, d)
+                   blocks_ptr,         # (b, chunks, chunk / BLOCK, n, d)
                    dh_ptr,             # (b, chunks, n, d): what enters each chunk at its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
-                   dB_ptr, dC_ptr,     # (b, chunks, programs, CHUNK, n) out: of 32 channels
+                   dB_ptr, dC_ptr,     # (b, chunks, programs, chunk, n) out: of 32 channels
                    dA_ptr,             # (b, chunks, n, d) out: of these steps
                    dD_ptr, dbias_ptr,  # (b, chunks, d) out: of these steps
-                   l, since, chunks, d: tl.constexpr, n: tl.constexpr,
-                   CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    k, sequence, start, end = find_chunk(l, since, chunks, d, CHUNK)
+                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
@@ -312,7 +308,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
         dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
         zs = load_rows(z_ptr, row, rest, c, d, BLOCK)
         dys = load_rows(dy_ptr, row, rest, c, d, BLOCK)
-        slot = (k * CHUNK + t - start) // BLOCK
+        slot = (k * chunk + t - start) // BLOCK
         h = load(blocks_ptr + slot * n * d, tile, inside)
         faded = ()
         for j in tl.static_range(BLOCK):
@@ -333,7 +329,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
                 ds *= zs[j] * tl.sigmoid(zs[j])
             h = faded[j] + w[None, :] * B[:, None]      # once more: cheaper than to keep it
             dh += C[:, None] * ds[None, :]
-            at = (tl.program_id(0).to(tl.int64) * CHUNK + t - start + j) * n + i
+            at = (tl.program_id(0).to(tl.int64) * chunk + t - start + j) * n + i
             tl.store(dB_ptr + at, tl.sum(dh * w[None, :], 1), i < n)
             tl.store(dC_ptr + at, tl.sum(h * ds[None, :], 1), i < n)
             du = dh * faded[j]
@@ -378,7 +374,7 @@ def scan(h0, *inputs):
     h.copy_(h0)
     decay = torch.empty_like(start)
     b, chunks, n, d = start.shape
-    sizes = dict(l=x.shape[1], chunks=chunks, d=d, n=n, CHUNK=CHUNK, BLOCK=STEPS)
+    sizes = dict(l=x.shape[1], chunk=CHUNK, chunks=chunks, d=d, n=n, BLOCK=STEPS)
     launch(reduce_kernel, b * chunks, d, x, dt, A, B, bias, reset, decay, start, **sizes)
     launch(carry_kernel, b, n * d, h, decay, start, chunks, n * d, False)
     launch(scan_kernel, b * chunks, d, *inputs, start, y, **sizes)
@@ -415,7 +411,7 @@ def backward_chunks(since: int, start: Tensor, dy: Tensor, inputs: list, grads: 
     b, chunks, n, d = start.shape
     l = dy.shape[1]
     block = block_steps(n)
-    sizes = dict(l=l, since=since, chunks=chunks, d=d, n=n, CHUNK=CHUNK, BLOCK=block)
+    sizes = dict(l=l, since=since, chunk=CHUNK, chunks=chunks, d=d, n=n, BLOCK=block)
     blocks = start.new_empty(b, chunks, CHUNK // block, n, d)
     decay = torch.empty_like(start)
     enter = torch.empty_like(start)         # first local, then what enters each chunk at its end
