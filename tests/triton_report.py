@@ -18,7 +18,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import scan_triton as st
-from mamba import MambaConfig
 from tests import layer_report
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,6 +25,7 @@ TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32
 SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
 SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
 PEAK, PRODUCTS = 989e12, 0.7                # its bf16 FLOP/s, and the part that large products reach: assumed
+FLOPS = 2 * b * l * d * (3 * 4096 + 2 * 256 + 2 * n)        # of the products: d_model is 4096, dt_rank 256
 LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
 # Cycles that a warp by itself takes for an instruction, and beyond that for a shuffle, for a barrier, and for
 # the loads of a block. They are assumed, from what is known of such GPUs.
@@ -70,7 +70,7 @@ def tool(name: str, *args: str) -> str:
 
 @functools.cache
 def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
-    """Registers, stack, spills, shared memory, and the instructions of the inner loop per state update."""
+    """Registers, stack, spills, shared memory, and the instructions of the loop per state update."""
     compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
         names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count",
@@ -80,42 +80,37 @@ def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> di
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name)))
+        usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name))
         code = tool("nvdisasm", "-c", f.name)
-    instructions, loops = parse(code)
-    innermost = [loop for loop in loops if not any(other != loop and other[0] in range(*loop) for other in loops)]
-    longest = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    counted = instructions[slice(*longest)]
+    counted = loop_of(code)
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
     if "step" in label:                     # one step, and no loop
-        counted = instructions
         updates = n
     if "carry" in label:                    # one state a thread; Triton may have unrolled the loop
         updates = counted.count("STG")
-    found = {kind: int(value) for kind, value in usage.items()}
+    found = {kind: int(value) for kind, value in usage}
     found["issue"] = len(counted) / updates
     for kind in ("MUFU", "SHFL", "BAR"):
         found[kind] = counted.count(kind) / updates
     return found
 
-def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions of a disassembly, and the loops: where each begins and ends, a jump back."""
+def loop_of(code: str) -> list[str]:
+    """The instructions of a disassembly's longest loop, which ends in a jump back; all, if it has none."""
     instructions = []
     labels = {}
-    loops = []
+    loop = []
     for line in code.splitlines():
         label = re.match(r"\s*(\.L\w+):", line)
         if label:
             labels[label[1]] = len(instructions)
-        instruction = re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*);", line)
+        instruction = re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*);", line)
         if instruction:
-            name = instruction[1].split(".")[0]
+            instructions.append(instruction[1])
             goal = re.search(r"`\((\.L\w+)\)", instruction[2])
-            start = labels.get(goal[1]) if name == "BRA" and goal else None
-            if start is not None and start < len(instructions):
-                loops.append((start, len(instructions) + 1))
-            instructions.append(name)
-    return instructions, loops
+            if instruction[1] == "BRA" and goal and goal[1] in labels:
+                loop = max(loop, instructions[labels[goal[1]]:], key=len)
+    # At its end a program jumps to its last instruction, for ever.
+    return loop if len(loop) > 1 else instructions
 
 CHUNKS = triton.cdiv(l, st.CHUNK)
 
@@ -146,18 +141,6 @@ def waiting(label: str, found: dict) -> float:
         return 0.0                                        # one state a thread, and no time to speak of
     cycles = LOADS / (n * st.STEPS) + sum(wait * found[kind] for kind, wait in WAITS.items())
     return b * l * d * n / 32 * cycles / (SMS * warps(found) * CLOCK) * 1e3
-
-def floors() -> dict[str, dict]:
-    """Milliseconds a forward, and a forward and backward, take of each resource at the least, however made.
-
-    Rows of x, dt, z and y pass once forward, and of x, dt, z, dy, dx, d_dt and dz backward. A state update
-    takes one exp2 and four instructions: delta A, the drive, h and y. The backward, which has no h, repeats
-    three of them and takes nine more: u, dh plus C g, dB, dC, dw, du, dA, d_delta and dh's decay.
-    """
-    row, updates = 2 * b * l * d / HBM * 1e3, b * l * d * n / (SMS * CLOCK) * 1e3
-    return {name: {"HBM": rows * row, "MUFU": exps * updates / LANES["MUFU"],
-                   "issue": instructions * updates / LANES["issue"]}
-            for name, rows, exps, instructions in (("forward", 4, 1, 4), ("forward and backward", 11, 2, 16))}
 
 def memory() -> tuple[int, int]:
     """Bytes that the 7B's layer keeps from forward to backward beyond its inputs, and the backward's scratch
@@ -201,8 +184,7 @@ def measured() -> None:
             took = {"forward": triton.testing.do_bench(lambda: scan(*inputs), return_mode="median")}
         took["forward and backward"] = triton.testing.do_bench(both_ways, return_mode="median")
         for way, ms in took.items():
-            print(f"measured on {torch.cuda.get_device_name()}, {name}: {way} {ms:.2f} ms "
-                  f"({max(floors()[way].values()) / ms:.0%} of an H100's floor)")
+            print(f"measured on {torch.cuda.get_device_name()}, {name}: {way} {ms:.2f} ms")
 
 def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
     """Estimated milliseconds of a layer's forward and of its backward."""
@@ -216,41 +198,42 @@ def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
             ms["backward" if "backward" in label else "forward"] += slowest
     return ms
 
-def print_layer() -> None:
-    """The whole layer: its matrix products, its scan, and what inductor makes of the rest."""
-    c = MambaConfig()
-    row = 2 * b * l * d / 1e9                       # GB of x in bf16
-    flops = 2 * b * l * d * (3 * c.d_model + 2 * c.dt_rank + 2 * n)
-    products = flops / (PRODUCTS * PEAK) * 1e3      # ms of the forward's
-    scan = total()
-    waits = total(waits=True)
-    inference = layer_report.kernels(b, l, training=False)
-    training = layer_report.kernels(b, l, training=True)
-    # At the least the forward moves 6 rows. RMSNorm reads the stream in fp32, and writes half a row. The
+def layer(resets: bool = False) -> dict[str, dict]:
+    """What a whole layer takes: ms of its matrix products, of its scan, and of the rest as inductor makes it."""
+    scan = total(resets)
+    waits = total(resets, waits=True)
+    inference = layer_report.kernels(b, l, False, resets)
+    training = layer_report.kernels(b, l, True, resets)
+    # At the least, the forward moves 6 rows. RMSNorm reads the stream in fp32, and writes half a row. The
     # convolution reads a row and writes one. The last sum reads half a row and the stream, and writes the stream.
-    # The backward moves 9. RMSNorm's reads the stream, its gradient and half a row, and writes a gradient. The
-    # stream's gradient is rounded, 1.5 rows. The convolution's reads x and two gradients, and writes one.
-    table = [("forward, inference", products, "forward", inference["forward"], 6 * row),
-             ("forward, training", products, "forward", training["forward"], 6 * row),
-             ("backward", 2 * products, "backward", training["backward"], 9 * row)]
-    print(f"\nThe whole layer: products at {PRODUCTS:.0%} of {PEAK / 1e12:.0f} TFLOP/s, which is assumed, and the "
-          f"scan as above. The rest is what inductor of\ntorch {torch.__version__} makes of mamba.py's block for an "
-          "H100, as groups of operations, one kernel each: their bytes at 3.35 TB/s.")
-    print(f"{'':20}{'products':>9}{'scan':>7}{'rest':>7}{'all, ms':>9}{'with waits':>12}{'kernels':>9}{'GB':>7}"
-          f"{'floor GB':>10}")
+    # The backward moves 9. The stream's gradient is rounded: 1.5. The convolution reads x and two gradients and
+    # writes one. RMSNorm reads half a row, the stream and its gradient, and writes a gradient.
+    passes = {"forward, inference": (1, "forward", inference["forward"], 6),
+              "forward, training": (1, "forward", training["forward"], 6),
+              "backward": (2, "backward", training["backward"], 9)}
+    return {name: {"products": products * FLOPS / (PRODUCTS * PEAK) * 1e3, "scan": scan[way],
+                   "waits": waits[way] - scan[way], "rest": sum(sizes) / HBM * 1e3, "kernels": len(sizes),
+                   "GB": sum(sizes) / 1e9, "floor GB": rows * 2 * b * l * d / 1e9}
+            for name, (products, way, sizes, rows) in passes.items()}
+
+def print_layer() -> None:
+    print(f"\nThe whole layer. Its matrix products reach {PRODUCTS:.0%} of {PEAK / 1e12:.0f} TFLOP/s, which is assumed. "
+          f"The rest is what inductor of torch\n{torch.__version__} makes of mamba.py's block for an H100, from the "
+          "groups of operations that it fuses: their bytes at 3.35 TB/s.")
+    parts = layer()
     ms = {}
-    slow = {}
-    for name, product, way, sizes, floor in table:
-        rest = sum(sizes) / HBM * 1e3
-        ms[name] = product + scan[way] + rest
-        slow[name] = product + waits[way] + rest
-        print(f"{name:20}{product:9.2f}{scan[way]:7.2f}{rest:7.2f}{ms[name]:9.2f}{slow[name]:12.2f}{len(sizes):9}"
-              f"{sum(sizes) / 1e9:7.2f}{floor:10.2f}")
-    needed = (3 * flops + 24 * b * l * d * n) / PEAK * 1e3      # as tests/plan.py counts them
+    for name, part in parts.items():
+        ms[name] = part["products"] + part["scan"] + part["rest"]
+        print(f"{name:18} products {part['products']:.2f} ms, scan {part['scan']:.2f}, rest {part['rest']:.2f}: "
+              f"{ms[name]:.2f} ms; in the rest {part['kernels']} kernels and {part['GB']:.2f} GB "
+              f"(at least {part['floor GB']:.2f})")
+    waits = parts["backward"]["waits"]
+    needed = (3 * FLOPS + 24 * b * l * d * n) / PEAK * 1e3      # without what is computed again
     for name, forwards in ("forward and backward", 1), ("the same with --checkpoint-activations", 2):
-        both = [forwards * each["forward, training"] + each["backward"] for each in (ms, slow)]
-        print(f"{name}: {both[0]:.1f} ms, with waits {both[1]:.1f}; of the peak that is {needed / both[0]:.0%} and "
-              f"{needed / both[1]:.0%}, without the head, the optimizer and the network")
+        both = forwards * ms["forward, training"] + ms["backward"]
+        print(f"{name}: {both:.1f} ms, or {both + waits:.1f} with waits: {needed / both:.0%} of the peak, or "
+              f"{needed / (both + waits):.0%}")
+    print("Not in it: the head, the optimizer, and the network.")
 
 def print_kernels() -> None:
     print(f"The scan of one layer of the 7B, (b, l, d, n) = {SIZES}, in {CHUNKS} chunks, Triton "
@@ -281,8 +264,6 @@ def print_kernels() -> None:
         ms = total(reset, waits)
         print(f"{name}: forward {ms['forward']:.2f} ms, backward {ms['backward']:.2f} ms, "
               f"both {sum(ms.values()):.2f} ms")
-    for way, ms in floors().items():
-        print(f"floors of a {way}: " + ", ".join(f"{kind} {value:.2f} ms" for kind, value in ms.items()))
     kept, scratch = memory()
     print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / (2 * b * l * d):.3f} of x "
           f"in bf16); scratch of a backward: {scratch / 1e6:.0f} MB")
