@@ -115,11 +115,10 @@ def print_row(recipe, start: int, end: int, steps: int) -> None:
     rate = train.learning_rate(recipe, start)
     last_rate = train.learning_rate(recipe, end)
     stage = train.stage_at(recipe, start)
-    row = f"{phase:7}{start:9.4g} {end:9.4g} {steps:11,} {stage.context:7} {batch:6} -> {last_batch:<5}"
-    row += f"{rate:10.2e} -> {last_rate:.2e}"
-    row += f"{rate / batch**.5:10.2e} -> {last_rate / last_batch**.5:.2e}  "
-    row += " ".join(f"{name} {share:.0%}" for name, share in train.shares(stage.mixture).items())
-    print(row)
+    mixture = " ".join(f"{name} {share:.0%}" for name, share in train.shares(stage.mixture).items())
+    print(f"{phase:7}{start:9.4g} {end:9.4g} {steps:11,} {stage.context:7} {batch:6} -> {last_batch:<5}"
+          f"{rate:10.2e} -> {last_rate:.2e}"
+          f"{rate / batch**.5:10.2e} -> {last_rate / last_batch**.5:.2e}  {mixture}")
 
 def print_memory(args, recipe, config: MambaConfig) -> None:
     needs = memory(config, args.world_size, torch.bfloat16, args.offload)
