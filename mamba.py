@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scan import selective_scan
+from scan import step as scan_step
 
 @dataclass
 class MambaConfig:
@@ -77,6 +78,9 @@ class State(NamedTuple):
     conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the convolution's last inputs
     ssm: list[Tensor]       # of each layer (b, d, n): `h`, the scan's state, in fp32
 
+    def copy(self) -> "State":
+        return State([past.clone() for past in self.conv], [h.clone() for h in self.ssm])
+
 class RMSNorm(nn.RMSNorm):
     """PyTorch's, computed in fp32, returned in its weight's dtype."""
 
@@ -94,13 +98,23 @@ WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 i
 ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias. A CPU without units for 16 bits takes it in fp32, if tokens are many.
+    """x @ weight.T + bias, with what a CPU does best. Elsewhere, and in training, PyTorch's own.
 
-    PyTorch's own product widens each weight again for every few tokens. Training goes without this,
-    because its backward would keep the wide weights.
+    For one token a CPU's oneDNN takes twice as long as the product that PyTorch has besides. For
+    many, a CPU without units for 16 bits takes it in fp32, because PyTorch's own product would
+    widen each weight again for every few tokens. Training would keep the wide weights.
     """
-    few = x.numel() < WIDEN_FROM * x.shape[-1]
-    if few or x.device.type != "cpu" or x.dtype not in NO_UNITS or torch.is_grad_enabled():
+    tokens = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    onednn = torch.backends.mkldnn
+    if tokens == 1 and onednn.enabled:
+        onednn.enabled = False      # for all threads, so only who turned it off turns it on
+        try:
+            return F.linear(x, weight, bias)
+        finally:
+            onednn.enabled = True
+    if tokens < WIDEN_FROM or x.dtype not in NO_UNITS:
         return F.linear(x, weight, bias)
     wide = x.float()
     y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
@@ -116,7 +130,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split = r, n, n                                        # widths of dt, B and C
+        self.widths = r, n                                          # of dt, and of B and C
         self.eps = config.mixer_norm_eps
         self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # see conv()
@@ -130,29 +144,43 @@ class Mixer(nn.Module):
 
     def forward(self, normed, past, h, reset):
         """normed (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
+        A, taps, bias = self.constants()
         x, z = self.in_proj(normed).chunk(2, dim=-1)                # (b, l, d), (b, l, d)
         z = z.contiguous()      # the backward keeps it, and a view would keep x's half as well
-        x, past = self.conv(x, past, reset)                         # (b, l, d), (b, k - 1, d)
+        x, past = self.conv(x, past, reset, taps, bias)             # (b, l, d), (b, k - 1, d)
+        past = past.clone(memory_format=torch.contiguous_format)    # a view would keep it all, too
         dt, B, C = self.selection(x)                                # (b, l, d), (b, l, n) twice
-        A = -torch.exp(self.A_log.float())                          # (d, n)
         # The scan adds dt_proj's bias in fp32. bf16 would turn a time of 0.001 into 0.00102.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h, reset)
         return self.out_proj(y), past, h
 
-    def conv(self, x, past, reset):
+    def step(self, normed, past, h, constants):
+        """The same for one token, normed (b, 1, m). Overwrites the states."""
+        A, taps, bias = constants
+        x, z = self.in_proj(normed).chunk(2, dim=-1)                # (b, 1, d), (b, 1, d)
+        x, window = self.conv(x, past, None, taps, bias)
+        past.copy_(window)
+        dt, B, C = self.selection(x)
+        y = scan_step(h, x, dt, A, B, C, self.D, z, self.dt_proj.bias)
+        return self.out_proj(y)
+
+    def constants(self):
+        """What no token changes: A, and the convolution's weights and bias, all in fp32."""
+        A = -torch.exp(self.A_log.float())                          # (d, n)
+        taps = self.conv1d.weight.float().squeeze(1).T.contiguous()         # (k, d)
+        bias = self.conv1d.bias
+        return A, taps, taps.new_zeros(1) if bias is None else bias.float()
+
+    def conv(self, x, past, reset, taps, bias):
         """SiLU of the causal convolution, a sum of k taps: weight i times the input k - 1 - i ago.
 
         F.conv1d cannot leave out the taps of some tokens. Here a tap counts only if its input is of
         the same document as the token that it serves.
         """
-        k = self.conv1d.kernel_size[0]
+        k = len(taps)
         l = x.shape[1]
-        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d)
-        bias = self.conv1d.bias
-        bias = weight.new_zeros(1) if bias is None else bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
-        # A view would keep the whole window. One layout for all states, so compiled code fits them.
-        past = window[:, l:].clone(memory_format=torch.contiguous_format)
+        past = window[:, l:]
         if reset is not None:
             # Documents are numbered, and the past is 0. For k = 3, reset = [0, 1, 0] gives
             # [0, 0, 0, 1, 1]: two of the past, three tokens. So token 1 sees only itself.
@@ -160,23 +188,25 @@ class Mixer(nn.Module):
             former = doc[:, l:] != doc[:, -1:]      # of another document than the last token
             past = past.masked_fill(former[..., None], 0)
         window = window.float()
-        y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
+        y = torch.addcmul(bias, window[:, k - 1:], taps[k - 1])             # (b, l, d), the present
         for i in range(k - 1):
             inputs = window[:, i:i + l]                                     # (b, l, d)
             if reset is None:
-                y.addcmul_(inputs, weight[i])
+                y.addcmul_(inputs, taps[i])
             else:
                 other = doc[:, i:i + l] != doc[:, k - 1:]                   # (b, l)
-                y += (inputs * weight[i]).masked_fill_(other[..., None], 0)
+                y += (inputs * taps[i]).masked_fill_(other[..., None], 0)
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
         """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here."""
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)         # (b, l, r), (b, l, n) twice
+        r, n = self.widths
+        dt, B_C = self.x_proj(x).float().split([r, 2 * n], dim=-1)  # (b, l, r), (b, l, 2 n)
         # First the norm, then dt_proj, as in the reference. Its fused training kernel swaps them.
-        dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
+        dt = F.rms_norm(dt, [r], eps=self.eps).to(x.dtype)
+        B, C = F.rms_norm(B_C.unflatten(-1, (2, n)), [n], eps=self.eps).unbind(-2)
         weight = self.dt_proj.weight.to(x.dtype)    # FSDP keeps it in fp32 (train.py, shard)
-        return product(dt.to(x.dtype), weight), B, C                # (b, l, d), (b, l, n) twice
+        return product(dt, weight), B, C                            # (b, l, d), (b, l, n) twice
 
 class Block(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -187,6 +217,9 @@ class Block(nn.Module):
     def forward(self, stream, past, h, reset):
         out, past, h = self.mixer(self.norm(stream), past, h, reset)
         return stream + out, past, h                                # the stream stays fp32
+
+    def step(self, stream, past, h, constants):
+        return stream + self.mixer.step(self.norm(stream), past, h, constants)
 
 class Backbone(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -225,19 +258,27 @@ class Mamba(nn.Module):
         Returns fp32 logits (b, l, vocab_size), with last_only (b, 1, vocab_size); the next state.
         """
         state = state or self.blank_state(len(tokens))
-        # For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product. All
-        # threads share its switch, so only a call that turned it off turns it on.
-        onednn = torch.backends.mkldnn
-        turn_off = tokens.numel() == 1 and onednn.enabled
-        if turn_off:
-            onednn.enabled = False
-        try:
-            hidden, state = self.backbone(tokens, state, reset)     # (b, l, m)
-            hidden = hidden[:, -1:] if last_only else hidden
-            return self.lm_head(hidden).float(), state
-        finally:
-            if turn_off:
-                onednn.enabled = True
+        if tokens.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
+            state = state.copy()
+            return self.step(tokens, state, self.constants()), state
+        hidden, state = self.backbone(tokens, state, reset)         # (b, l, m)
+        hidden = hidden[:, -1:] if last_only else hidden
+        return self.lm_head(hidden).float(), state
+
+    def step(self, token: Tensor, state: State, constants: list) -> Tensor:
+        """Logits (b, 1, vocab_size) after one token a text, (b, 1). Overwrites the state.
+
+        For inference only. `constants` are those of constants(), made after the weights' last change.
+        """
+        stream = self.backbone.embeddings(token).float()            # (b, 1, m)
+        layers = self.backbone.layers
+        for layer, past, h, constant in zip(layers, *state, constants, strict=True):
+            stream = layer.step(stream, past, h, constant)
+        return self.lm_head(self.backbone.norm_f(stream)).float()
+
+    def constants(self) -> list:
+        """Of each layer what no token changes. Whoever writes a text makes it once."""
+        return [layer.mixer.constants() for layer in self.backbone.layers]
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
