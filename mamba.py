@@ -302,41 +302,37 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                                  # shapes without memory
             model = cls(config).eval()
-        tensors, places = read_tensors(folder)
-        embeddings = tensors.get("backbone.embeddings.weight")
+        tensors = read_tensors(folder)
         if config.tie_embeddings:
-            tensors.setdefault("lm_head.weight", embeddings)
+            tensors.setdefault("lm_head.weight", tensors.get("backbone.embeddings.weight"))
         try:
             model.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as e:       # names what is missing, unexpected or of another shape
             why = shorten(str(e), 400)
             raise ValueError(f"{folder} does not fit its config.json: {why!r:.450}") from e
+        del tensors                     # or none would be let go, once it is in 4 bits
+        stored = model.backbone.embeddings.weight.dtype
         if config.tie_embeddings:       # assign=True has made them two
-            if not torch.equal(embeddings, tensors["lm_head.weight"].to(embeddings.dtype)):
+            head, embeddings = model.lm_head, model.backbone.embeddings
+            if not torch.equal(head.weight.to(stored), embeddings.weight):
                 raise ValueError(f"{folder} has an lm_head.weight and other backbone.embeddings."
                                  "weight, but its config.json says tie_word_embeddings")
-            model.lm_head.weight = model.backbone.embeddings.weight
+            head.weight = embeddings.weight
 
-        dtype = dtype or embeddings.dtype
+        dtype = dtype or stored
         dtype = torch.float32 if dtype == torch.float64 else dtype
         keep_fp32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
+        in_4_bits = "in_proj.weight", "x_proj.weight", "out_proj.weight", "lm_head.weight"
         names = [name for name, _ in model.named_parameters()]
         for name in tqdm(names, "to 4 bits", disable=not quantize):
             p = model.get_parameter(name)
-            kind = torch.float32 if name.endswith(keep_fp32) else dtype
-            if not quantize:
-                p.data = p.data.to(device, kind)
-                continue
-            # What is read of a mapped file stays in memory. So each tensor is mapped by itself.
-            with safetensors.safe_open(folder / places[name], "pt") as file:
-                value = file.get_tensor(name)
-            path = name.removesuffix(".weight")
-            if (path.endswith(("in_proj", "x_proj", "out_proj", "lm_head"))
-                    and value.shape[1] % Int4Linear.GROUP == 0):
+            if quantize and name.endswith(in_4_bits) and p.shape[1] % Int4Linear.GROUP == 0:
+                path = name.removesuffix(".weight")
                 bias = model.get_submodule(path).bias
-                model.set_submodule(path, Int4Linear(value.to(device), bias))
+                model.set_submodule(path, Int4Linear(p.data.to(device), bias))
             else:
-                p.data = value.to(device, kind, copy=True)
+                kind = torch.float32 if name.endswith(keep_fp32) else dtype
+                p.data = p.data.to(device, kind, copy=quantize)
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -537,28 +533,31 @@ def find(source: str | Path) -> Path:
         raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one, for "
                          f"`--model out`; nor could it be downloaded ({why!r})") from e
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in the folder's safetensors, one file or several, only mapped; each one's file."""
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in the folder's safetensors, one file or several, only mapped."""
     index = folder / "model.safetensors.index.json"
     whole = folder / "model.safetensors"
+    tensors = {}
     try:
         if whole.exists() or not index.exists():
-            tensors = safetensors.torch.load_file(whole)
-            places = dict.fromkeys(tensors, whole.name)
+            with safetensors.safe_open(whole, "pt") as file:
+                places = dict.fromkeys(file.keys(), whole.name)
         else:
             places = read_json(index)["weight_map"]                 # name -> file
-            names = set(places.values())
-            if any(Path(name).name != name for name in names):
+        for name, place in places.items():
+            if Path(place).name != place:
                 raise ValueError(f"{index.name} names a file that is not beside it")
-            files = {name: safetensors.torch.load_file(folder / name) for name in names}
-            tensors = {name: files[file][name] for name, file in places.items()}
+            # What is read of a mapped file stays in memory, until all that is mapped with it goes.
+            # So each tensor is mapped by itself.
+            with safetensors.safe_open(folder / place, "pt") as file:
+                tensors[name] = file.get_tensor(name)
     except Exception as e:          # a broken file raises many kinds
         raise ValueError(f"{folder} has no whole model.safetensors ({str(e)!r:.300}); pickled "
                          "weights are not read, because they can run code") from e
     for name, v in tensors.items():
         if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
-    return tensors, places
+    return tensors
 
 def replace_file(new: Path, path: Path) -> None:
     """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""
