@@ -98,23 +98,13 @@ WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 i
 ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, with what a CPU does best. Elsewhere, and in training, PyTorch's own.
+    """x @ weight.T + bias. A CPU without units for 16 bits takes it in fp32, if tokens are many.
 
-    For one token a CPU's oneDNN takes twice as long as the product that PyTorch has besides. For
-    many, a CPU without units for 16 bits takes it in fp32, because PyTorch's own product would
-    widen each weight again for every few tokens. Training would keep the wide weights.
+    PyTorch's own product widens each weight again for every few tokens. Training goes without this,
+    because its backward would keep the wide weights.
     """
-    tokens = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    onednn = torch.backends.mkldnn
-    if tokens == 1 and onednn.enabled:
-        onednn.enabled = False      # for all threads, so only who turned it off turns it on
-        try:
-            return F.linear(x, weight, bias)
-        finally:
-            onednn.enabled = True
-    if tokens < WIDEN_FROM or x.dtype not in NO_UNITS:
+    few = x.numel() < WIDEN_FROM * x.shape[-1]
+    if few or x.device.type != "cpu" or x.dtype not in NO_UNITS or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     wide = x.float()
     y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
@@ -270,11 +260,21 @@ class Mamba(nn.Module):
 
         For inference only. `constants` are those of constants(), made after the weights' last change.
         """
-        stream = self.backbone.embeddings(token).float()            # (b, 1, m)
-        layers = self.backbone.layers
-        for layer, past, h, constant in zip(layers, *state, constants, strict=True):
-            stream = layer.step(stream, past, h, constant)
-        return self.lm_head(self.backbone.norm_f(stream)).float()
+        # For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product. All
+        # threads share its switch, so only a call that turned it off turns it on.
+        onednn = torch.backends.mkldnn
+        turn_off = token.numel() == 1 and onednn.enabled
+        if turn_off:
+            onednn.enabled = False
+        try:
+            stream = self.backbone.embeddings(token).float()        # (b, 1, m)
+            layers = self.backbone.layers
+            for layer, past, h, constant in zip(layers, *state, constants, strict=True):
+                stream = layer.step(stream, past, h, constant)
+            return self.lm_head(self.backbone.norm_f(stream)).float()
+        finally:
+            if turn_off:
+                onednn.enabled = True
 
     def constants(self) -> list:
         """Of each layer what no token changes. Whoever writes a text makes it once."""
@@ -414,16 +414,12 @@ class Int4Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                     # (b l, in)
-        if x.is_cuda:
-            multiply = torch.ops.aten._weight_int4pack_mm
-        else:
-            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         if x.is_cuda or len(rows) < self.UNPACK_FROM or not block_size():
-            y = multiply(rows.bfloat16().contiguous(), self.packed, self.GROUP, self.levels)
+            y = multiply(rows.bfloat16().contiguous(), self.packed, self.levels)
         else:
             rows = rows.float() if x.dtype in NO_UNITS else rows
-            pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
-            y = torch.cat([rows @ unpack(*piece, rows.dtype, block_size()) for piece in pieces], 1)
+            pieces = zip(self.packed.split(ROWS), self.levels.to(rows.dtype).split(ROWS, dim=1))
+            y = torch.cat([rows @ unpack(*piece, block_size()) for piece in pieces], dim=1)
         y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
@@ -434,29 +430,31 @@ def pack(codes: Tensor) -> Tensor:
         return torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
 
-def unpack(packed: Tensor, levels: Tensor, dtype: torch.dtype, block: int) -> Tensor:
-    """Some rows of a weight, as a matrix (in, rows), from what an x86's kernel reads.
+def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
+    if rows.is_cuda:
+        return torch.ops.aten._weight_int4pack_mm(rows, packed, Int4Linear.GROUP, levels)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, Int4Linear.GROUP, levels)
 
-    That is block by block, a byte for each column and each row of the block's first half. Its
-    lower four bits are that row's code, its upper four that of the row half a block further down.
+def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
+    """Some rows of a weight, as a matrix (in, rows): what a CPU's kernel makes of the identity.
+
+    The kernel takes a block of rows at a time, and in it group after group. So each group of a block
+    can pass for a weight of 32 inputs, and an identity of that size serves for all.
     """
-    groups, size, half = len(levels), Int4Linear.GROUP, block // 2
-    pairs = packed.view(-1, groups, size, half).permute(1, 2, 0, 3)         # (g, 32, blocks, half)
-    scale, zero = levels.movedim(-1, 0).to(dtype).reshape(2, groups, 1, -1, 2, half)
-    weight = torch.empty(groups, size, pairs.shape[2], 2, half, dtype=dtype)
-    for i, codes in enumerate([pairs & 15, pairs >> 4]):
-        codes = (codes.char() - 8).to(dtype)
-        torch.addcmul(zero[..., i, :], codes, scale[..., i, :], out=weight[..., i, :])
-    return weight.view(groups * size, -1)
+    groups, size = len(levels), Int4Linear.GROUP
+    levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
+    identity = torch.eye(size, dtype=levels.dtype)
+    weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
+    weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)       # (g, 32, blocks, block)
+    return weight.reshape(groups * size, -1)
 
 @functools.cache
 def block_size() -> int:
-    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it, as on ARM."""
-    row = torch.arange(64)[:, None]
-    codes = torch.cat([row % 16, row // 16], dim=1).repeat(1, 16)           # (64, 32)
-    levels = torch.tensor([1.0, 8.0]).repeat(1, 64, 1)                      # a weight is its code
-    for block in 64, 32:
-        if torch.equal(unpack(pack(codes), levels, torch.float32, block), codes.mT.float()):
+    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
+    codes = torch.arange(64 * 64).view(64, 64) // 5 % 16
+    levels = torch.tensor([1.0, 8.0]).repeat(2, 64, 1)              # a weight is its code
+    for block in 64, 32, 16:
+        if torch.equal(unpack(pack(codes), levels, block), codes.mT.float()):
             return block
     return 0
 
