@@ -702,8 +702,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
     add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
     add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
-    add("mfu", type=number(float, 1e-3, 1), default=0.18, help="part of a GPU's peak, for that plan "
-        "(default 0.18)")
+    add("mfu", type=number(float, 1e-3, 1), default=0.33, help="part of a GPU's peak, for that plan "
+        "(default 0.33)")
     add("micro_tokens", type=count, default=16384, help="tokens that a GPU runs at a time, but at least "
         "a row (default 16384)")
     add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")

@@ -1,168 +1,69 @@
 """Pictures, as SVG.
 
-    python tests/draw.py out            the losses of the run in out/, into out/loss.svg
-    python tests/draw.py                the README's pictures, into assets/
-    python tests/draw.py out --keep     both: the README then shows the run in out/
+    python tests/draw.py out                    the losses of the run in out/, into out/loss.svg
+    python tests/draw.py a-0 a-1 b-0            of several runs over one another, into runs.svg
+    python tests/draw.py                        the README's pictures, into assets/
 
-block, tree and passes are laid out by hand. schedule asks train.py's own functions. The others show figures
-that lie beside them in assets/: --keep writes loss.jsonl and model.json, of a run and its model, and
-`python tests/bench.py --save assets/bench.json` writes bench.json.
+block, tree and passes are laid out by hand. schedule asks train.py's own functions. All others show
+figures that lie in assets/ too, and a run must be shown anew to change them:
+
+    python tests/draw.py out --keep loss        loss.jsonl, model.json: of the default run
+    python tests/draw.py a-0 b-0 --keep decay   runs.json: several runs for decay.svg
+    python tests/copying.py --keep              copying.json
+    python tests/bench.py --save assets/bench.json
+
+assets/README.md tells what these runs were and what they show.
 """
 import argparse
 import json
 import math
 import sys
-from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
 sys.path.insert(0, str(ROOT))
 
-LIGHT = dict(plate="#ffffff", edge="#d0d7de", ink="#1f2328", soft="#656d76", box="#f3f5f8", new="#ffd9a8",
-             new_edge="#bc4c00", lines=["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700"])
-DARK = dict(plate="#0d1117", edge="#3d444d", ink="#e6edf3", soft="#9198a1", box="#1b2129", new="#7a3d00",
-            new_edge="#ffa657", lines=["#58a6ff", "#ffa657", "#3fb950", "#d2a8ff", "#ff9bce", "#e3b341"])
-# The colour of every mark is a class, so that a page's preference for light or dark can change it.
-RULES = """.plate{{fill:{plate};stroke:{edge}}} text{{fill:{ink};font:15px system-ui,sans-serif}}
-.small{{font-size:12px}} .soft{{fill:{soft}}} .box{{fill:{box};stroke:{soft}}}
-.new{{fill:{new};stroke:{new_edge};stroke-width:2}} .line{{fill:none;stroke:{soft};stroke-width:1.5}}
-.tip{{fill:{soft}}} .grid{{stroke:{edge}}}
-"""
+from tests.marks import (COLORS, arrow, bars, box, cells, chart, dot, legend, line, rect, sign,
+                         strip, svg, text)
 
-def style(colors: dict) -> str:
-    rules = RULES.format(**colors)
-    for i, color in enumerate(colors["lines"]):
-        rules += f".line{i}{{fill:none;stroke:{color};stroke-width:2}} .dot{i}{{fill:{color}}}\n"
-    return rules
-
-# Marks: each function returns SVG, one mark or a list of them
-def svg(width: int, height: int, title: str, marks: list[str]) -> str:
-    dark = "@media (prefers-color-scheme:dark){" + style(DARK) + "}"
-    size = f'viewBox="0 0 {width} {height}" width="{width}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-    plate = f'<rect class="plate" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8"/>'
-    lines = [head, f"<title>{escape(title)}</title>", f"<style>{style(LIGHT)}{dark}</style>", plate, *marks]
-    return "\n".join(lines) + "\n</svg>\n"
-
-def text(x: float, y: float, words: str, classes: str = "", anchor: str = "middle") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{classes}" text-anchor="{anchor}">{escape(words)}</text>'
-
-def rect(x: float, y: float, width: float, height: float, classes: str) -> str:
-    return f'<rect class="{classes}" x="{x}" y="{y}" width="{width}" height="{height}" rx="5"/>'
-
-def box(x: float, y: float, width: float, height: float, words: str, below: str = "",
-        classes: str = "box") -> list[str]:
-    middle = x + width / 2
-    marks = [rect(x, y, width, height, classes)]
-    if below:
-        marks.append(text(middle, y + height / 2 - 3, words))
-        marks.append(text(middle, y + height / 2 + 14, below, "small soft"))
-    else:
-        marks.append(text(middle, y + height / 2 + 5, words))
-    return marks
-
-def dot(x: float, y: float, color: int, radius: float = 5) -> str:
-    return f'<circle class="dot{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-
-def sign(x: float, y: float, words: str) -> list[str]:
-    return [f'<circle class="box" cx="{x}" cy="{y}" r="13"/>', text(x, y + 5, words)]
-
-def line(*points: tuple[float, float], classes: str = "line") -> str:
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path class="{classes}" d="M{path}"/>'
-
-def arrow(*points: tuple[float, float]) -> str:
-    """A line with a tip. Its last stretch runs straight across or straight up or down."""
-    (x0, y0), (x, y) = points[-2:]
-    across = 7 * ((x > x0) - (x < x0))
-    down = 7 * ((y > y0) - (y < y0))
-    one = f"{x - across - .6 * down:g} {y - down - .6 * across:g}"
-    other = f"{x - across + .6 * down:g} {y - down + .6 * across:g}"
-    return line(*points) + f'<path class="tip" d="M{x} {y}L{one}L{other}Z"/>'
-
-def legend(x: float, y: float, entries: dict[str, int]) -> list[str]:
-    """A dot of its colour before each text, one after the other."""
-    marks = []
-    for words, color in entries.items():
-        marks.append(dot(x, y, color))
-        marks.append(text(x + 12, y + 4, words, "small", "start"))
-        x += 40 + 6.5 * len(words)      # a character of 12 px is about so wide
-    return marks
-
-# Charts
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four round numbers or so, from low to high."""
-    size = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(size * k for k in (1, 2, 2.5, 5, 10) if (high - low) / (size * k) <= 5)
-    first = math.ceil(low / step)
-    last = math.floor(high / step + 1e-9)
-    return [step * i for i in range(first, last + 1)]
-
-def chart(left: int, top: int, width: int, height: int, title: str, under: str, curves: dict[int, list],
-          dots: dict[int, list] = {}, log: bool = False) -> list[str]:
-    """A panel of curves and dots: colour -> points (x, y). With `log`, x is drawn by its logarithm."""
-    points = [point for group in (curves, dots) for each in group.values() for point in each]
-    place = math.log10 if log else float
-    first = min(place(x) for x, y in points)
-    last = max(place(x) for x, y in points)
-    if first == last:
-        last += 1
-    high = 1.06 * max(y for x, y in points) or 1        # 1 where all are 0
-
-    def across(x):
-        return left + (place(x) - first) / (last - first) * width
-
-    def up(y):
-        return top + height - y / high * height
-
-    marks = [text(left, top - 12, title, "", "start")]
-    marks.append(text(left + width, top + height + 36, under, "small soft", "end"))
-    for y in ticks(0, high):
-        marks.append(f'<path class="grid" d="M{left} {up(y):.1f}H{left + width}"/>')
-        marks.append(text(left - 8, up(y) + 4, f"{y:g}", "small soft", "end"))
-    for x in sorted({x for x, y in points}) if log else ticks(first, last):
-        words = f"{x:g}" if x < 1000 or not log else f"{x / 1024:g}k"
-        marks.append(text(across(x), top + height + 18, words, "small soft"))
-    for color, each in curves.items():
-        marks.append(line(*((across(x), up(y)) for x, y in each), classes=f"line{color}"))
-    for color, each in dots.items():
-        marks += [dot(across(x), up(y), color, 4) for x, y in each]
-    return marks
-
-# The losses of a run
+# The losses of runs
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows that a run left; ValueError, in one sentence, where there are none or one is damaged."""
+    """The rows that a run left; ValueError where there are none or one is damaged."""
     if not path.is_file():
-        raise ValueError(f"there is no {path}; a run of train.py leaves one in the folder that --out names")
+        raise ValueError(f"there is no {path}; a run of train.py leaves one in its --out")
     rows = []
     for i, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             rows.append(read_row(line))
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"line {i} of {path} is damaged; train.py --resume drops what a killed run had "
-                             "half written") from None
+            raise ValueError(f"line {i} of {path} is damaged; train.py --resume drops what a "
+                             "killed run had half written") from None
     if not rows:
         raise ValueError(f"{path} is empty: its run has not yet made a step")
     return rows
 
 def read_row(line: bytes) -> dict:
-    """What the picture needs of a row. Any of a few errors if it is damaged."""
+    """What a picture needs of a row. Any of a few errors if it is damaged."""
     found = json.loads(line)
     row = {name: found[name] for name in ("tokens", "loss", "lr")}
     held_out = {}
     for source, loss in found.get("held_out", {}).items():
-        held_out[source] = loss[0] if isinstance(loss, list) else loss      # the second is bits a byte
+        held_out[source] = loss[0] if isinstance(loss, list) else loss  # the second: bits a byte
     if not all(0 <= value < 1e18 for value in [*row.values(), *held_out.values()]):
         raise ValueError("a number that no run has")
     return row | {"held_out": held_out}
 
-def losses(rows: list[dict], title: str) -> str:
-    """Each step's loss as a line, that on held-out text as dots, and the learning rate beside them."""
+def unit_of(tokens: int) -> tuple[int, str]:
+    """A size in which these tokens are a small number, and its name."""
     units = {10**9: "billion tokens seen", 10**6: "million tokens seen", 1: "tokens seen"}
-    unit = max(size for size in units if size <= max(rows[-1]["tokens"], 1))
+    size = max(size for size in units if size <= max(tokens, 1))
+    return size, units[size]
+
+def losses(rows: list[dict], title: str) -> str:
+    """Each step's loss as a line, that on held-out text as dots, the learning rate beside them."""
+    unit, under = unit_of(rows[-1]["tokens"])
     training = []
     rate = []
     for row in rows[::len(rows) // 1000 + 1]:       # of a long run, a thousand steps
@@ -173,13 +74,13 @@ def losses(rows: list[dict], title: str) -> str:
         for source, nats in row["held_out"].items():
             held_out.setdefault(source, []).append((row["tokens"] / unit, nats))
     words = {"each step": 0}
-    dots = {}
+    dots = []
     for color, (source, points) in enumerate(held_out.items(), 1):
-        color %= len(LIGHT["lines"])
+        color %= COLORS
         words[f"held-out {source:.20}: {points[-1][1]:.4g}"] = color
-        dots[color] = dots.get(color, []) + points
-    marks = chart(62, 48, 420, 200, "loss, nats a token", units[unit], {0: training}, dots)
-    marks += chart(562, 48, 210, 200, "learning rate", units[unit], {2: rate})
+        dots.append((color, points))
+    marks = chart(62, 48, 420, 200, "loss, nats a token", under, [(0, training)], dots)
+    marks += chart(562, 48, 210, 200, "learning rate", under, [(2, rate)])
     for i, (entry, color) in enumerate(words.items()):
         marks += legend(804, 54 + 20 * i, {entry: color})
     return svg(1000, 304, title, marks)
@@ -188,13 +89,53 @@ def keep_losses(rows: list[dict]) -> None:
     """These rows, with fewer digits, for the README's picture."""
     lines = []
     for row in rows:
-        kept = {"tokens": row["tokens"], "loss": round(row["loss"], 4), "lr": float(f"{row['lr']:.4g}")}
+        kept = {"tokens": row["tokens"], "loss": round(row["loss"], 4),
+                "lr": float(f"{row['lr']:.4g}")}
         if row["held_out"]:
-            kept["held_out"] = {source: round(loss, 4) for source, loss in row["held_out"].items()}
+            kept["held_out"] = {name: round(loss, 4) for name, loss in row["held_out"].items()}
         lines.append(json.dumps(kept) + "\n")
     (ASSETS / "loss.jsonl").write_text("".join(lines))
 
-# The states of a model
+def read_runs(folders: list[Path]) -> dict[str, list]:
+    """The held-out losses of each run, in its group: "no-decay-0" is one of "no decay"."""
+    groups = {}
+    for folder in folders:
+        points = []                                 # (tokens, mean over the sources)
+        for row in read_metrics(folder / "metrics.jsonl"):
+            if row["held_out"]:
+                nats = sum(row["held_out"].values()) / len(row["held_out"])
+                points.append((row["tokens"], round(nats, 4)))
+        if not points:
+            raise ValueError(f"the run in {folder} has no loss on held-out text yet")
+        name = folder.name.rstrip("0123456789").replace("-", " ").strip()
+        groups.setdefault(name, []).append(points)
+    return groups
+
+def compare(groups: dict[str, list], title: str) -> str:
+    """Held-out losses, a colour each group: as curves, if a run has several, and at the end."""
+    runs = [points for group in groups.values() for points in group]
+    unit, under = unit_of(max(points[-1][0] for points in runs))
+    low = 0.98 * min(loss for points in runs for _, loss in points)
+    curves = []
+    ends = []
+    for i, (name, group) in enumerate(groups.items()):
+        color = i % COLORS
+        ends.append((name, color, [points[-1][1] for points in group]))
+        for points in group:        # without the beginning, from where all fall steeply
+            near = [(tokens / unit, loss) for tokens, loss in points if loss < 1.3 * low]
+            if len(near) > 1:
+                curves.append((color, near))
+    marks = []
+    top = 50
+    if curves:
+        marks += chart(62, 48, 620, 220, "held-out loss, nats a token", under, curves, low=low)
+        top = 350
+    words = "held-out loss at the end: a dot each seed"
+    marks.append(text(62, top - 14, words, "", "start"))
+    marks += strip(230, top, 450, ends)
+    return svg(720, top + 30 * len(ends) + 40, title, marks)
+
+# The steps and states of a model
 
 SNIPPET = "def area(width, height):\n    return width * height\n"
 CODE = '''import os
@@ -208,7 +149,7 @@ class Stack:
 '''
 
 def read_along(model, tokens: list[int], see) -> None:
-    """The model reads, and in each layer see(mixer, x, delta, B) is called: (l, d), (l, d), (l, n)."""
+    """The model reads, and each layer calls see(mixer, x, delta, B): (l, d), (l, d), (l, n)."""
     import torch
     import torch.nn.functional as F
     mixers = [layer.mixer for layer in model.backbone.layers]
@@ -287,57 +228,12 @@ def draw_steps(model, tokenizer, tokens: list[int], path: Path) -> None:
     Path(path).write_text(picture, encoding="utf-8")
 
 def steps_picture(layers: list[list[float]], words: list[str], title: str) -> str:
-    """A row a layer, a column a token. It goes on below as a text does."""
-    high = max(3, min(16, 160 // len(layers)))      # of a row
-    lines = [[]]                                    # of each line the places of its tokens
-    x = 0
-    for t, word in enumerate(words):
-        word = visible(word)
-        width = 3 + 8 * len(word)
-        if x + width > 900 and x > 0:
-            lines.append([])
-            x = 0
-        lines[-1].append((t, word, 70 + x, width))
-        x += width
-    shades = [shades_of(row) for row in layers]
-    marks = [text(70, 28, title, "", "start")]
-    marks.append(text(970, 28, "pale: it passes by; full: it is taken in", "small soft", "end"))
-    top = 44
-    for places in lines:
-        cells = {}                                  # shade -> the path of its cells
-        bottom = top + high * len(layers)
-        for i, row in enumerate(shades):
-            y = top + high * i
-            if high >= 12 or i % 8 == 0:
-                marks.append(text(62, y + min(high, 12), f"layer {i}", "small soft", "end"))
-            for t, _, x, width in places:
-                cell = f"M{x} {y}h{width - 1}v{high - 1}h{1 - width}z"
-                cells[row[t]] = cells.get(row[t], "") + cell
-        for shade, path in sorted(cells.items()):
-            marks.append(f'<path class="dot0" opacity="{shade}" d="{path}"/>')
-        for _, word, x, width in places:
-            fit = f'x="{x + 1}" y="{bottom + 13}" textLength="{width - 3}"'
-            marks.append(f'<text class="small" {fit}>{escape(word)}</text>')
-        top = bottom + 30
-    return svg(1000, top, title, marks)
-
-def visible(word: str) -> str:
-    """Each character as one that is seen and that XML allows. Of long words, the beginning."""
-    marks = {" ": "␣", "\n": "↵", "\t": "⇥"}
-    seen = [marks.get(char, char if char.isprintable() else "�") for char in word[:40]]
-    return "".join(seen) or "�"
-
-def shades_of(row: list[float]) -> list[float]:
-    """From .1 to 1, by the logarithm. The shortest twentieth is all .1, the longest all 1."""
-    ordered = sorted(row)
-    cut = len(row) // 20
-    low = math.log(ordered[cut])
-    high = math.log(ordered[-1 - cut])
-    shades = []
-    for value in row:
-        part = (math.log(value) - low) / (high - low) if high > low else 0.5
-        shades.append(round(0.1 + 0.9 * min(max(part, 0), 1), 1))
-    return shades
+    """A row a layer, a column a token."""
+    marks, bottom = cells(70, 44, 900, layers, words)
+    marks.append(text(70, 28, title, "", "start"))
+    meaning = "pale: it passes by; full: it is taken in"
+    marks.append(text(970, 28, meaning, "small soft", "end"))
+    return svg(1000, bottom, title, marks)
 
 # The README's pictures
 
@@ -347,12 +243,15 @@ def block() -> str:
     marks.append(text(24, 34, "the residual stream, 4096 wide, fp32", "small soft", "start"))
     # x, along the upper row
     marks += [arrow((66, 46), (66, 110)), *box(20, 110, 92, 44, "RMSNorm")]
-    marks += [arrow((112, 132), (130, 132)), *box(130, 110, 108, 44, "in_proj", "4096 → 2 · 8192")]
-    marks += [arrow((238, 132), (282, 132)), text(260, 124, "x"), *box(282, 110, 64, 44, "conv", "4 taps")]
+    marks.append(arrow((112, 132), (130, 132)))
+    marks += box(130, 110, 108, 44, "in_proj", "4096 → 2 · 8192")
+    marks += [arrow((238, 132), (282, 132)), text(260, 124, "x")]
+    marks += box(282, 110, 64, 44, "conv", "4 taps")
     marks += [arrow((346, 132), (364, 132)), *box(364, 110, 56, 44, "SiLU")]
     marks += [arrow((420, 132), (800, 132)), text(780, 124, "x")]
     # dt, B and C, each through its norm
-    marks += [arrow((436, 132), (436, 247), (456, 247)), *box(456, 180, 84, 134, "x_proj", "8192 → 288")]
+    marks += [arrow((436, 132), (436, 247), (456, 247))]
+    marks += box(456, 180, 84, 134, "x_proj", "8192 → 288")
     for y, name, size in (204, "dt", 256), (247, "B", 16), (290, "C", 16):
         marks += [arrow((540, y), (580, y)), text(559, y - 7, name)]
         marks += box(580, y - 17, 92, 34, "RMSNorm", classes="new")
@@ -367,13 +266,14 @@ def block() -> str:
     marks += [arrow((915, 212), (934, 212)), *box(934, 190, 84, 44, "out_proj", "8192 → 4096")]
     marks += [arrow((976, 190), (976, 59)), *sign(976, 46, "+")]
     marks.append(rect(20, 212, 18, 18, "new"))
-    for i, words in enumerate(["the three norms that", "Falcon-Mamba adds to", "Mamba: no weights"]):
+    note = ["the three norms that", "Falcon-Mamba adds to", "Mamba: no weights"]
+    for i, words in enumerate(note):
         marks.append(text(46, 226 + 17 * i, words, "small", "start"))
     title = "One Falcon-Mamba layer: the Mamba block, with three RMSNorms on dt, B and C"
     return svg(1078, 386, title, marks)
 
 def merges(steps: list[int]) -> list[list[tuple[int, int, int]]]:
-    """The moves of scan.py's merge_pairs over these steps: in each, who is merged into whom, and a colour."""
+    """The moves of scan.py's merge_pairs: in each, who is merged into whom, and a colour."""
     if len(steps) == 1:
         return []
     odd = steps[1::2]
@@ -420,122 +320,164 @@ def passes() -> str:
         return marks + [dot(starts(k) + 12 + 24 * i, y, color) for i in range(6)]
 
     marks = []
-    for y, name, words in [(60, "pass 1", ["every chunk at once,", "from a state of 0"]),
-                           (190, "pass 2", ["one step a chunk,", "chunk after chunk"]),
-                           (320, "pass 3", ["every chunk at once, from", "the state that enters it"])]:
+    passes = [(60, "pass 1", "every chunk at once,", "from a state of 0"),
+              (190, "pass 2", "one step a chunk,", "chunk after chunk"),
+              (320, "pass 3", "every chunk at once, from", "the state that enters it")]
+    for y, name, words, more in passes:
         marks.append(text(24, y - 8, name, "", "start"))
-        for i, each in enumerate(words):
-            marks.append(text(24, y + 12 + 17 * i, each, "small soft", "start"))
+        marks.append(text(24, y + 12, words, "small soft", "start"))
+        marks.append(text(24, y + 29, more, "small soft", "start"))
     for k in range(4):
         middle = starts(k) + 66
+        edge = starts(k) - 12
         # pass 1: all steps of a chunk become one
-        marks.append(text(starts(k) - 9, 65, "0", "small soft"))
+        marks.append(text(edge + 3, 65, "0", "small soft"))
         marks += steps(k, 60, 0)
-        marks += [arrow((middle, 70), (middle, 96)), *box(middle - 58, 96, 116, 40, "decay, local", "one merged step")]
+        marks.append(arrow((middle, 70), (middle, 96)))
+        marks += box(middle - 58, 96, 116, 40, "decay, local", "one merged step")
         # pass 2: the walk over those
-        marks += [dot(starts(k) - 12, 190, 2, 7), arrow((starts(k) - 4, 190), (starts(k + 1) - 20, 190))]
-        marks += [arrow((middle, 136), (middle, 184)), text(middle, 210, "decay · h + local", "small")]
+        marks.append(dot(edge, 190, 2, 7))
+        marks.append(arrow((edge + 8, 190), (starts(k + 1) - 20, 190)))
+        marks.append(arrow((middle, 136), (middle, 184)))
+        marks.append(text(middle, 210, "decay · h + local", "small"))
         # pass 3: the chunk's steps again, now from the right state
-        marks += [arrow((starts(k) - 12, 198), (starts(k) - 12, 320), (starts(k), 320)), *steps(k, 320, 1)]
+        marks.append(arrow((edge, 198), (edge, 320), (starts(k), 320)))
+        marks += steps(k, 320, 1)
         for i in range(6):
             x = starts(k) + 12 + 24 * i
-            marks += [arrow((x, 326), (x, 350)), text(x, 366, "y", "small")]
-    marks += [text(starts(0) - 24, 186, "h0", "", "end"), dot(starts(4) - 12, 190, 2, 7)]
+            marks.append(arrow((x, 326), (x, 350)))
+            marks.append(text(x, 366, "y", "small"))
+    marks.append(text(starts(0) - 24, 186, "h0", "", "end"))
+    marks.append(dot(starts(4) - 12, 190, 2, 7))
     marks.append(text(starts(4) - 12, 176, "last h"))
-    return svg(930, 392, "The scan on a GPU in three passes: a chunk of steps is one merged step", marks)
+    title = "The scan on a GPU in three passes: a chunk of steps is one merged step"
+    return svg(930, 392, title, marks)
 
 def states() -> str:
     """One channel of the default run's model over a snippet: a long step writes and forgets."""
-    found = json.loads((ASSETS / "model.json").read_text())
+    found = read("model.json")
     wide = 17
-
-    def across(t):
-        return 62 + wide * t
     width = wide * len(SNIPPET)
     marks = [text(62, 30, "three numbers of its state, each over its largest", "", "start")]
     marks.append(line((62, 110), (62 + width, 110), classes="grid"))
     fades = {}
     for color, (rate, h) in enumerate(found["states"].items()):
         largest = max(map(abs, h))
-        curve = [(across(0), 110)]
+        curve = [(62, 110)]
         for t, value in enumerate(h):
             y = 110 - 62 * value / largest
-            curve += [(across(t), y), (across(t + 1), y)]
+            curve += [(62 + wide * t, y), (62 + wide * (t + 1), y)]
         marks.append(line(*curve, classes=f"line{color}"))
         fades[f"A = {rate}"] = color
     marks += legend(62 + width - 330, 26, fades)
     marks.append(text(62, 206, "Δ, how long each byte lasts", "", "start"))
-    longest = max(found["delta"])
-    for t, (byte, delta) in enumerate(zip(SNIPPET, found["delta"])):
-        high = 70 * delta / longest
-        marks.append(f'<rect class="dot3" x="{across(t) + 2}" y="{290 - high:.1f}" width="{wide - 4}" '
-                     f'height="{high:.1f}"/>')
-        marks.append(text(across(t) + wide / 2, 308, {" ": "␣", "\n": "↵"}.get(byte, byte), "small"))
-    marks.append(text(54, 224, f"{longest:.2g}", "small soft", "end"))
-    marks.append(text(54, 294, "0", "small soft", "end"))
-    return svg(62 + width + 24, 330, "One channel reads a line of Python: a long step writes and forgets", marks)
+    marks += bars(62, 290, wide, SNIPPET, found["delta"])
+    title = "One channel reads a line of Python: a long step writes and forgets"
+    return svg(62 + width + 24, 330, title, marks)
 
 def steps() -> str:
     """The steps of the default run's model over some Python, a mean over each layer's channels."""
-    found = json.loads((ASSETS / "model.json").read_text())
-    return steps_picture(found["steps"], [*CODE], "Δ, how long each byte lasts, in each layer")
+    layers = read("model.json")["steps"]
+    return steps_picture(layers, [*CODE], "Δ, how long each byte lasts, in each layer")
+
+def copying() -> str:
+    """Selective copying, with steps computed from the token and with fixed ones."""
+    found = read("copying.json")
+    colors = {"Δ computed from the token": 0, "Δ fixed": 1}
+    marks = legend(62, 24, colors)
+    curves = [(0, found["learned"]), (1, found["fixed"])]
+    marks += chart(62, 78, 360, 150, "letters said correctly", "steps of training", curves)
+    marks.append(text(500, 66, "Δ in one channel of the first: noise (·) passes by", "", "start"))
+    note = "the bar behind a letter: the convolution still sees the letter"
+    marks.append(text(500, 264, note, "small soft", "start"))
+    marks += bars(500, 228, 14, found["text"], found["delta"])
+    return svg(1040, 290, "Selective copying: what a step computed from the token buys", marks)
+
+def decay() -> str:
+    """The default run, with and without its decay, and the latter continued."""
+    groups = read("runs.json")["decay"]
+    for points in groups["continued with decay"]:
+        points[:] = [(700_000 + tokens, loss) for tokens, loss in points]
+    return compare(groups, "What the decay of the learning rate buys")
+
+def ramp() -> str:
+    return compare(read("runs.json")["ramp"], "A batch that grows, with and without BatchScaling")
+
+def norms() -> str:
+    return compare(read("runs.json")["norms"], "With and without the three norms")
 
 def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
-    from train import RECIPES, batch_size, context_length, learning_rate    # here: it takes seconds to import
-    recipe = RECIPES["falcon-mamba-7b"]
-    panels = {
-        "learning rate": learning_rate,
-        "sequences a step": batch_size,
-        "tokens a sequence": context_length,
-    }
+    import train        # here, because it takes seconds
+    recipe = train.RECIPES["falcon-mamba-7b"]
+    panels = {"learning rate": train.learning_rate, "sequences a step": train.batch_size,
+              "tokens a sequence": train.context_length}
     marks = []
     for row, end in enumerate([100 * 10**9, recipe.total_tokens]):
         seen = [end * i // 400 for i in range(401)]
         for column, (title, value) in enumerate(panels.items()):
             curve = [(tokens / 10**9, value(recipe, tokens)) for tokens in seen]
-            marks += chart(62 + 300 * column, 48 + 210 * row, 220, 120, title, "billion tokens seen",
-                           {column: curve})
-    return svg(922, 444, "The schedule of Falcon-Mamba-7B: its beginning above, the whole run below", marks)
+            left = 62 + 300 * column
+            top = 48 + 210 * row
+            marks += chart(left, top, 220, 120, title, "billion tokens seen", [(column, curve)])
+    title = "The schedule of Falcon-Mamba-7B: its beginning above, the whole run below"
+    return svg(922, 444, title, marks)
 
 def loss() -> str:
-    return losses(read_metrics(ASSETS / "loss.jsonl"), "Loss of the default run of train.py")
+    rows = read_metrics(ASSETS / "loss.jsonl")
+    return losses(rows, "Loss of the default run of train.py")
 
 def cost() -> str:
-    """Time and memory of one more token, against the tokens before it, as tests/bench.py measured them."""
-    rounds = json.loads((ASSETS / "bench.json").read_text())["length"]
+    """Time and memory of one more token, against the tokens before it, by tests/bench.py."""
+    rounds = read("bench.json")["length"]
     panels = {"ms": "milliseconds a token", "state_mb": "what is kept of the text, in MB"}
     marks = legend(68, 24, {"Falcon-Mamba, this code": 0, "attention": 1})
     for column, (name, title) in enumerate(panels.items()):
-        curves = {}
+        curves = []
         for color, peer in enumerate(["ours", "attention"]):
-            curves[color] = [(row["tokens"], row[name]) for row in rounds[peer]]
-        marks += chart(62 + 380 * column, 78, 290, 144, title, "tokens before it", curves, log=True)
+            curves.append((color, [(row["tokens"], row[name]) for row in rounds[peer]]))
+        left = 62 + 380 * column
+        marks += chart(left, 78, 290, 144, title, "tokens before it", curves, log=True)
     return svg(782, 300, "The cost of a token, against the length of the text before it", marks)
 
-PICTURES = {"block.svg": block, "states.svg": states, "steps.svg": steps, "tree.svg": tree, "passes.svg": passes,
-            "schedule.svg": schedule, "loss.svg": loss, "cost.svg": cost}
+def read(name: str) -> dict:
+    return json.loads((ASSETS / name).read_text())
+
+PICTURES = {f"{picture.__name__}.svg": picture for picture in (
+    block, states, steps, copying, tree, passes, schedule, loss, decay, ramp, norms, cost)}
+
+def keep(name: str, folders: list[Path]) -> None:
+    """Show these runs in the README, as the picture of that name."""
+    if name == "loss":
+        keep_losses(read_metrics(folders[0] / "metrics.jsonl"))
+        keep_model(folders[0])
+    else:
+        runs = ASSETS / "runs.json"
+        found = read("runs.json") | {name: read_runs(folders)}
+        runs.write_text(json.dumps(found) + "\n")
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the losses of a run, or the README's pictures.")
-    parser.add_argument("out", nargs="?", type=Path, help="the folder of a run, for its loss.svg")
-    parser.add_argument("--keep", action="store_true", help="show this run and its model in the README")
+    parser = argparse.ArgumentParser(description="Draw the losses of runs, or the README's.")
+    parser.add_argument("out", nargs="*", type=Path, help="the folder of a run, or of several")
+    parser.add_argument("--keep", choices=["loss", "decay", "ramp", "norms"],
+                        help="show these runs in the README, as this picture")
     args = parser.parse_args()
     if args.keep and not args.out:
         parser.error("--keep needs the folder of a run")
-    if args.out:
-        try:
-            rows = read_metrics(args.out / "metrics.jsonl")
-            path = args.out / "loss.svg"
-            path.write_text(losses(rows, f"Loss of the run in {args.out}"), encoding="utf-8")
-            if args.keep:
-                keep_losses(rows)
-                keep_model(args.out)
-        except (ValueError, OSError) as e:
-            parser.error(str(e))
-        print(path)
-        if not args.keep:
-            return
+    try:
+        if args.keep:
+            keep(args.keep, args.out)
+        elif len(args.out) == 1:
+            path = args.out[0] / "loss.svg"
+            rows = read_metrics(args.out[0] / "metrics.jsonl")
+            path.write_text(losses(rows, f"Loss of the run in {args.out[0]}"), encoding="utf-8")
+            return print(path)
+        elif args.out:
+            path = Path("runs.svg")
+            path.write_text(compare(read_runs(args.out), "Losses of runs"), encoding="utf-8")
+            return print(path)
+    except (ValueError, OSError) as e:
+        parser.error(str(e))
     for name, picture in PICTURES.items():
         (ASSETS / name).write_text(picture(), encoding="utf-8")
         print(f"assets/{name}")

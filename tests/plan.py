@@ -19,6 +19,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NV
 GPU = 80e9              # bytes of an H100's memory, or of a large A100's
 OVERHEAD = 5e9          # bytes that CUDA, NCCL and fragments take: our guess
 TWO_MONTHS = 61         # days: about what the report gives for the 7B on 256 H100
+# Milliseconds, forward and backward, of a layer of the 7B for 8192 tokens on an H100: `python scan_triton.py`
+# estimates them, and prints how.
+LAYER = {"matrix products": (2.49, 4.98), "scan": (0.72, 2.55), "the rest": (0.42, 0.98)}
 PIECE = 1024            # tokens whose logits exist at a time, in train.py
 AT_LEAST = 0.75         # of the memory that is planned here a step takes: test_plan.py measures it
 
@@ -38,8 +41,19 @@ def print_plan(args, recipe) -> None:
     days = flops / (args.world_size * PEAKS["H100"]) / 86400
     print("noise temperature: learning rate / sqrt(batch)\n")
     print(f"{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({each:.3g} a token): on {args.world_size} H100 "
-          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}\n")
+          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}")
+    print_layer(args.checkpoint_activations)
     print_memory(args, recipe, config)
+
+def print_layer(recomputed: bool) -> None:
+    """What part of an H100's peak a layer of the 7B can reach, before optimizer and network."""
+    forwards = 2 if recomputed else 1       # --checkpoint-activations
+    parts = {name: forwards * forward + backward for name, (forward, backward) in LAYER.items()}
+    config = MambaConfig(n_layer=1, vocab_size=1)
+    ideal = 8192 * flops_per_token(config) / PEAKS["H100"] * 1e3
+    listed = ", ".join(f"{name} {ms:.1f}" for name, ms in parts.items())
+    print(f"estimated ms of a layer of the 7B for 8192 tokens {'with' if recomputed else 'without'} "
+          f"--checkpoint-activations: {listed}; that is {ideal / sum(parts.values()):.0%} MFU\n")
 
 def planned_config(args, recipe) -> MambaConfig:
     """The sizes of the model that this command would train. Nothing is downloaded to know them."""

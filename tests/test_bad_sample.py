@@ -3,6 +3,7 @@
 The program runs inside this process where that is possible, because importing torch takes seconds.
 """
 import io
+import os
 import resource
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from conftest import assert_sentence, call
 from safetensors.torch import load_file, save
 from test_sample import small_model
 from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
 import sample
 from mamba import Mamba
@@ -117,13 +119,14 @@ def test_files_that_cannot_be_read_are_refused(refused, name, says, content):
     flags = ["--load-state", "state"] if name == "state" else ["--prompt", "a"]
     refused(*flags, says=says)
 
-def test_a_tokenizer_set_to_cut_or_pad_what_it_reads_does_neither_here(tmp_path):
+def test_a_tokenizer_set_to_cut_pad_or_begin_what_it_reads_does_not_here(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
+    begin = ("<|endoftext|>", 256)
+    tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    read = sample.read_tokenizer(tmp_path / "tokenizer.json")
-    assert len(sample.encode(read, "abcdef")) == 6
+    assert len(sample.read_tokenizer(tmp_path / "tokenizer.json").encode("abcdef")) == 6
 
 def test_a_prompt_is_shown_as_the_tokenizer_reads_it(run):
     Path(TOKENIZER).write_bytes(words_only({"a": 0, "b": 1}))
@@ -161,13 +164,14 @@ def test_standard_input_must_be_text(refused, monkeypatch, data, errors, says):
     ("--max-new-tokens 3000", "<<< a | head -c 1", 0, "loaded in"),
     ("--max-new-tokens 3000 --save-state kept", "<<< a | head -c 1", 1, "sample.py: [Errno 32]"),
     ("--max-new-tokens 0", "<<< a > /dev/full", 1, "sample.py: [Errno 28]"),
-    ("--max-new-tokens 3", "<<< a >&- 2>&-", 0, "")])
+    ("--max-new-tokens 0", "<<< a >&-", 0, "steps"), ("--max-new-tokens 0", "<<< a 2>&-", 0, "")])
 def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, says):
     line = f"{sys.executable} {sample.__file__} --model {pristine}/model --device cpu --prompt -"
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", f"{line} {flags} {after}"],
-                           capture_output=True, text=True, cwd=tmp_path)
+                           capture_output=True, text=True, cwd=tmp_path, env=buffered)
     assert ended.returncode == status and not [*tmp_path.iterdir()]
-    assert says in ended.stderr and ended.stdout in ("", "a", "a\nb\n")
+    assert says in ended.stderr and ended.stdout in ("", "a", "a\n", "a\nb\n")
     assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
 
 def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(run):
@@ -178,4 +182,5 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(run):
     status, _, told = run("--prompt", "other", "--save-state", "state")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert status == 1 and Path("state").read_bytes() == before
+    assert not Path("state.partial").exists()
     assert_sentence(told)

@@ -46,6 +46,7 @@ KINDS = {
     "write with flags": f"{WRITE} model",
     "train with flags": f"{SHORT} {SIZES} --out new --data text.txt",
 }
+# What a place in a JSON file may hold instead, and what may stand after a flag.
 VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), 1e308,
           "", "x", "9" * 400, "\ud800", "\x1b[31m\n", [], [[]], {}, [1] * 50]
 WORDS = [*"0 1 2 7 16 1_6 0.5 0 1 2 7 16 1_6 0.5 -1 ٣ 1e-320 0x10 nan inf 1e400 x -- ~".split(),

@@ -66,6 +66,7 @@ def test_greedy_generation_is_the_argmax_of_rereading_everything(folder, device)
     model = Mamba.from_pretrained(folder, device)
     text = torch.tensor([[1, 2, 3], [9, 8, 7]], device=device)
     for token in generate(model, text, 20, temperature=0):
+        token = token.to(device)
         assert torch.equal(token, model(text)[0][:, -1].argmax(-1))
         text = torch.cat([text, token[:, None]], 1)
 
@@ -77,8 +78,7 @@ def test_a_long_prompt_is_read_in_pieces_without_a_trace(model, monkeypatch):
     for whole, pieces in zip(*states):
         torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
 
-def test_the_state_in_the_end_can_be_read_on_from_and_differentiated(folder):
-    model = Mamba.from_pretrained(folder)
+def test_the_state_in_the_end_can_be_read_on_from_and_differentiated(model):
     state = last_state(generate(model, torch.tensor([[1, 2, 3]]), 3, temperature=0))
     model(torch.tensor([[4]]), state)[0].sum().backward()
     assert model.backbone.embeddings.weight.grad[4].abs().sum() > 0
@@ -98,7 +98,7 @@ def test_a_stopped_row_goes_on_yielding_its_stop_and_all_stopped_ends(model):
 
 @pytest.mark.parametrize("top_k, top_p, drawn", [
     (None, None, {0, 1, 2, 3}), (10**9, 1.0, {0, 1, 2, 3}), (2, None, {1, 3}), (None, 0.75, {1, 3}),
-    (None, 0.9, {0, 1, 3}), (None, 1e-9, {1}), (3, 0.8, {1, 3})])   # .5 and .3 are 84 % of the three
+    (None, 0.9, {0, 1, 3}), (None, 1e-9, {1}), (3, 0.8, {1, 3})])   # .5 and .3: 84 % of the three
 def test_only_the_likeliest_are_drawn_and_nothing_overflows(top_k, top_p, drawn):
     probs = torch.tensor([0.15, 0.5, 0.05, 0.3])
     g = torch.Generator().manual_seed(0)
@@ -118,6 +118,11 @@ def test_the_same_seed_writes_the_same_text_and_only_text(run):
         assert word in new.err and word not in new.out
     seed = new.err.split("seed ")[1].split()[0]     # it is printed, so any text can be had again
     assert run(*flags, "--seed", seed).out == new.out
+
+@pytest.mark.parametrize("flags", [["--top-k", 1], ["--top-p", 1e-9], ["--temperature", 1e-9]])
+def test_flags_that_leave_only_the_likeliest_write_the_greedy_text(run, flags):
+    greedy = run("--prompt", "def ", *GREEDY, 12).out
+    assert run("--prompt", "def ", "--max-new-tokens", 12, *flags).out == greedy
 
 def test_unequal_prompts_write_what_each_writes_alone(run):
     alone = run("--prompt", "a", *GREEDY, 12).out + run("--prompt", "hello there", *GREEDY, 12).out
@@ -139,8 +144,7 @@ VOCABULARY = BYTES | {word: 256 + i for i, word in enumerate(WORDS)}
 
 def tokenizer_of(model, decoder):
     tokenizer = Tokenizer(model)
-    if decoder:
-        tokenizer.decoder = decoder
+    tokenizer.decoder = decoder
     return tokenizer
 
 # As Llama's and Phi-3's: what has no token is written in tokens of bytes.
@@ -150,11 +154,9 @@ FALLBACK = tokenizer_of(
                        decoders.Strip(" ", 1, 0)]))
 UNIGRAM = models.Unigram([(word, -1.0) for word in VOCABULARY], 0)
 KINDS = {
-    "byte level": byte_tokenizer(),
-    "byte fallback": FALLBACK,
+    "byte level": byte_tokenizer(), "byte fallback": FALLBACK,
     "unigram": tokenizer_of(UNIGRAM, decoders.Metaspace()),
     "word piece": tokenizer_of(models.WordPiece(VOCABULARY, unk_token="a"), decoders.WordPiece()),
-    "words": tokenizer_of(models.WordLevel(VOCABULARY, unk_token="a"), None),
 }
 TOKENS = st.integers(0, 255) | st.sampled_from([*"aé€😀".encode()]) | st.integers(256, 264)
 
@@ -171,9 +173,10 @@ def test_the_pieces_joined_are_what_decoding_the_whole_gives(kind, prompt, token
     assert shown == KINDS[kind].decode(prompt + tokens, skip_special_tokens=False)
 
 END = 999       # no tokenizer here has it
+LETTERS = byte_tokenizer().encode("aé€").ids
 
 @pytest.mark.parametrize("kind, tokens, goes_on, shown", [
-    ("byte level", [*byte_tokenizer().encode("aé€").ids, END], False, ["a", "", "é", "", "", "€", "", ""]),
+    ("byte level", [*LETTERS, END], False, ["a", "", "é", "", "", "€", "", ""]),
     ("byte fallback", [VOCABULARY["▁a"]], False, [" a", ""]),       # the space is kept
     ("byte fallback", [0xe2, 0x82, 0xe2], False, ["", "", "", "\ufffd" * 3]),
     ("byte fallback", [0xe2, 0x82, 0xe2], True, ["", "", "", ""]),
@@ -204,15 +207,12 @@ def test_a_text_ends_at_all_that_the_files_name(tmp_path, config, generation, en
         (tmp_path / "generation_config.json").write_text(text)
     assert end_tokens(tmp_path, byte_tokenizer() if endoftext else FALLBACK) == expected
 
-def test_a_turn_of_a_chat_ends_at_any_of_its_end_tokens(run, folder):
-    flags = ["--prompt", "def f(", *GREEDY, 20]
+def test_a_turn_of_a_chat_ends_at_any_of_its_end_tokens(tmp_path, run):
+    flags = ["--prompt", "def f(", "--model", small_model(tmp_path), *GREEDY, 20]
     free = run(*flags).out.removeprefix("def f(")
-    file = folder / "generation_config.json"
-    end = byte_tokenizer().encode(free[7]).ids
-    file.write_text(json.dumps({"eos_token_id": [255, *end]}))
-    made = run(*flags).out
-    file.unlink()
-    assert made == "def f(" + free[:free.index(free[7])] + "\n"
+    ends = [255, *byte_tokenizer().encode(free[7]).ids]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert run(*flags).out == "def f(" + free[:free.index(free[7])] + "\n"
 
 # What is kept.
 
