@@ -516,6 +516,12 @@ def test_what_cannot_be_written_is_a_sentence_and_is_written_by_resuming(run, un
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (at_9 / name).read_bytes() == (uninterrupted / name).read_bytes()
 
+def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, tmp_path):
+    phases = "--warmup-tokens", 0, "--ramp-tokens", 0, "--decay-tokens", 0, "--total-tokens", 256, "--lr", 1e9
+    status, _, err = run(tmp_path / "out", *phases)
+    assert status == 1 and "held-out loss on text is" in err and "--lr" in err, err
+    assert not [*tmp_path.rglob("*.safetensors")]
+
 def test_what_takes_another_files_place_is_on_the_disk_before(run, at_9, monkeypatch):
     synced = set()
     replaced = set()
