@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scan import selective_scan
+from scan import step as scan_step
 
 @dataclass
 class MambaConfig:
@@ -77,6 +78,9 @@ class State(NamedTuple):
     conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the convolution's last inputs
     ssm: list[Tensor]       # of each layer (b, d, n): `h`, the scan's state, in fp32
 
+    def copy(self) -> "State":
+        return State([past.clone() for past in self.conv], [h.clone() for h in self.ssm])
+
 class RMSNorm(nn.RMSNorm):
     """PyTorch's, computed in fp32, returned in its weight's dtype."""
 
@@ -116,7 +120,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, n, r, k = config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.split = r, n, n                                        # widths of dt, B and C
+        self.widths = r, n                                          # of dt, and of B and C
         self.eps = config.mixer_norm_eps
         self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, k, groups=d, bias=config.conv_bias)   # see conv()
@@ -130,29 +134,43 @@ class Mixer(nn.Module):
 
     def forward(self, normed, past, h, reset):
         """normed (b, l, m), two states, reset (b, l) or None -> (b, l, m), the states after it."""
+        A, taps, bias = self.constants()
         x, z = self.in_proj(normed).chunk(2, dim=-1)                # (b, l, d), (b, l, d)
         z = z.contiguous()      # the backward keeps it, and a view would keep x's half as well
-        x, past = self.conv(x, past, reset)                         # (b, l, d), (b, k - 1, d)
+        x, past = self.conv(x, past, reset, taps, bias)             # (b, l, d), (b, k - 1, d)
+        past = past.clone(memory_format=torch.contiguous_format)    # a view would keep it all, too
         dt, B, C = self.selection(x)                                # (b, l, d), (b, l, n) twice
-        A = -torch.exp(self.A_log.float())                          # (d, n)
         # The scan adds dt_proj's bias in fp32. bf16 would turn a time of 0.001 into 0.00102.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h, reset)
         return self.out_proj(y), past, h
 
-    def conv(self, x, past, reset):
+    def step(self, normed, past, h, constants):
+        """The same for one token, normed (b, 1, m). Overwrites the states."""
+        A, taps, bias = constants
+        x, z = self.in_proj(normed).chunk(2, dim=-1)                # (b, 1, d), (b, 1, d)
+        x, window = self.conv(x, past, None, taps, bias)
+        past.copy_(window)
+        dt, B, C = self.selection(x)
+        y = scan_step(h, x, dt, A, B, C, self.D, z, self.dt_proj.bias)
+        return self.out_proj(y)
+
+    def constants(self):
+        """What no token changes: A, and the convolution's weights and bias, all in fp32."""
+        A = -torch.exp(self.A_log.float())                          # (d, n)
+        taps = self.conv1d.weight.float().squeeze(1).T.contiguous()         # (k, d)
+        bias = self.conv1d.bias
+        return A, taps, taps.new_zeros(1) if bias is None else bias.float()
+
+    def conv(self, x, past, reset, taps, bias):
         """SiLU of the causal convolution, a sum of k taps: weight i times the input k - 1 - i ago.
 
         F.conv1d cannot leave out the taps of some tokens. Here a tap counts only if its input is of
         the same document as the token that it serves.
         """
-        k = self.conv1d.kernel_size[0]
+        k = len(taps)
         l = x.shape[1]
-        weight = self.conv1d.weight.float().squeeze(1).T.contiguous()       # (k, d)
-        bias = self.conv1d.bias
-        bias = weight.new_zeros(1) if bias is None else bias.float()
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
-        # A view would keep the whole window. One layout for all states, so compiled code fits them.
-        past = window[:, l:].clone(memory_format=torch.contiguous_format)
+        past = window[:, l:]
         if reset is not None:
             # Documents are numbered, and the past is 0. For k = 3, reset = [0, 1, 0] gives
             # [0, 0, 0, 1, 1]: two of the past, three tokens. So token 1 sees only itself.
@@ -160,23 +178,25 @@ class Mixer(nn.Module):
             former = doc[:, l:] != doc[:, -1:]      # of another document than the last token
             past = past.masked_fill(former[..., None], 0)
         window = window.float()
-        y = torch.addcmul(bias, window[:, k - 1:], weight[k - 1])           # (b, l, d), the present
+        y = torch.addcmul(bias, window[:, k - 1:], taps[k - 1])             # (b, l, d), the present
         for i in range(k - 1):
             inputs = window[:, i:i + l]                                     # (b, l, d)
             if reset is None:
-                y.addcmul_(inputs, weight[i])
+                y.addcmul_(inputs, taps[i])
             else:
                 other = doc[:, i:i + l] != doc[:, k - 1:]                   # (b, l)
-                y += (inputs * weight[i]).masked_fill_(other[..., None], 0)
+                y += (inputs * taps[i]).masked_fill_(other[..., None], 0)
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
         """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here."""
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)         # (b, l, r), (b, l, n) twice
+        r, n = self.widths
+        dt, B_C = self.x_proj(x).float().split([r, 2 * n], dim=-1)  # (b, l, r), (b, l, 2 n)
         # First the norm, then dt_proj, as in the reference. Its fused training kernel swaps them.
-        dt, B, C = (F.rms_norm(v.float(), v.shape[-1:], eps=self.eps) for v in (dt, B, C))
+        dt = F.rms_norm(dt, [r], eps=self.eps).to(x.dtype)
+        B, C = F.rms_norm(B_C.unflatten(-1, (2, n)), [n], eps=self.eps).unbind(-2)
         weight = self.dt_proj.weight.to(x.dtype)    # FSDP keeps it in fp32 (train.py, shard)
-        return product(dt.to(x.dtype), weight), B, C                # (b, l, d), (b, l, n) twice
+        return product(dt, weight), B, C                            # (b, l, d), (b, l, n) twice
 
 class Block(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -187,6 +207,9 @@ class Block(nn.Module):
     def forward(self, stream, past, h, reset):
         out, past, h = self.mixer(self.norm(stream), past, h, reset)
         return stream + out, past, h                                # the stream stays fp32
+
+    def step(self, stream, past, h, constants):
+        return stream + self.mixer.step(self.norm(stream), past, h, constants)
 
 class Backbone(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -225,19 +248,37 @@ class Mamba(nn.Module):
         Returns fp32 logits (b, l, vocab_size), with last_only (b, 1, vocab_size); the next state.
         """
         state = state or self.blank_state(len(tokens))
+        if tokens.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
+            state = state.copy()
+            return self.step(tokens, state, self.constants()), state
+        hidden, state = self.backbone(tokens, state, reset)         # (b, l, m)
+        hidden = hidden[:, -1:] if last_only else hidden
+        return self.lm_head(hidden).float(), state
+
+    def step(self, token: Tensor, state: State, constants: list) -> Tensor:
+        """Logits (b, 1, vocab_size) after one token a text, (b, 1). Overwrites the state.
+
+        For inference only. `constants` are those of constants(), made after the weights' last change.
+        """
         # For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product. All
         # threads share its switch, so only a call that turned it off turns it on.
         onednn = torch.backends.mkldnn
-        turn_off = tokens.numel() == 1 and onednn.enabled
+        turn_off = token.numel() == 1 and onednn.enabled
         if turn_off:
             onednn.enabled = False
         try:
-            hidden, state = self.backbone(tokens, state, reset)     # (b, l, m)
-            hidden = hidden[:, -1:] if last_only else hidden
-            return self.lm_head(hidden).float(), state
+            stream = self.backbone.embeddings(token).float()        # (b, 1, m)
+            layers = self.backbone.layers
+            for layer, past, h, constant in zip(layers, *state, constants, strict=True):
+                stream = layer.step(stream, past, h, constant)
+            return self.lm_head(self.backbone.norm_f(stream)).float()
         finally:
             if turn_off:
                 onednn.enabled = True
+
+    def constants(self) -> list:
+        """Of each layer what no token changes. Whoever writes a text makes it once."""
+        return [layer.mixer.constants() for layer in self.backbone.layers]
 
     def blank_state(self, batch: int) -> State:
         """The state before any text: zeros."""
@@ -261,41 +302,37 @@ class Mamba(nn.Module):
         config = MambaConfig.from_json(folder / "config.json")
         with torch.device("meta"):                                  # shapes without memory
             model = cls(config).eval()
-        tensors, places = read_tensors(folder)
-        embeddings = tensors.get("backbone.embeddings.weight")
+        tensors = read_tensors(folder)
         if config.tie_embeddings:
-            tensors.setdefault("lm_head.weight", embeddings)
+            tensors.setdefault("lm_head.weight", tensors.get("backbone.embeddings.weight"))
         try:
             model.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as e:       # names what is missing, unexpected or of another shape
             why = shorten(str(e), 400)
             raise ValueError(f"{folder} does not fit its config.json: {why!r:.450}") from e
+        del tensors                     # or none would be let go, once it is in 4 bits
+        stored = model.backbone.embeddings.weight.dtype
         if config.tie_embeddings:       # assign=True has made them two
-            if not torch.equal(embeddings, tensors["lm_head.weight"].to(embeddings.dtype)):
+            head, embeddings = model.lm_head, model.backbone.embeddings
+            if not torch.equal(head.weight.to(stored), embeddings.weight):
                 raise ValueError(f"{folder} has an lm_head.weight and other backbone.embeddings."
                                  "weight, but its config.json says tie_word_embeddings")
-            model.lm_head.weight = model.backbone.embeddings.weight
+            head.weight = embeddings.weight
 
-        dtype = dtype or embeddings.dtype
+        dtype = dtype or stored
         dtype = torch.float32 if dtype == torch.float64 else dtype
         keep_fp32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
+        in_4_bits = "in_proj.weight", "x_proj.weight", "out_proj.weight", "lm_head.weight"
         names = [name for name, _ in model.named_parameters()]
         for name in tqdm(names, "to 4 bits", disable=not quantize):
             p = model.get_parameter(name)
-            kind = torch.float32 if name.endswith(keep_fp32) else dtype
-            if not quantize:
-                p.data = p.data.to(device, kind)
-                continue
-            # What is read of a mapped file stays in memory. So each tensor is mapped by itself.
-            with safetensors.safe_open(folder / places[name], "pt") as file:
-                value = file.get_tensor(name)
-            path = name.removesuffix(".weight")
-            if (path.endswith(("in_proj", "x_proj", "out_proj", "lm_head"))
-                    and value.shape[1] % Int4Linear.GROUP == 0):
+            if quantize and name.endswith(in_4_bits) and p.shape[1] % Int4Linear.GROUP == 0:
+                path = name.removesuffix(".weight")
                 bias = model.get_submodule(path).bias
-                model.set_submodule(path, Int4Linear(value.to(device), bias))
+                model.set_submodule(path, Int4Linear(p.data.to(device), bias))
             else:
-                p.data = value.to(device, kind, copy=True)
+                kind = torch.float32 if name.endswith(keep_fp32) else dtype
+                p.data = p.data.to(device, kind, copy=quantize)
         return model
 
     def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -377,16 +414,12 @@ class Int4Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                     # (b l, in)
-        if x.is_cuda:
-            multiply = torch.ops.aten._weight_int4pack_mm
-        else:
-            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         if x.is_cuda or len(rows) < self.UNPACK_FROM or not block_size():
-            y = multiply(rows.bfloat16().contiguous(), self.packed, self.GROUP, self.levels)
+            y = multiply(rows.bfloat16().contiguous(), self.packed, self.levels)
         else:
             rows = rows.float() if x.dtype in NO_UNITS else rows
-            pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
-            y = torch.cat([rows @ unpack(*piece, rows.dtype, block_size()) for piece in pieces], 1)
+            pieces = zip(self.packed.split(ROWS), self.levels.to(rows.dtype).split(ROWS, dim=1))
+            y = torch.cat([rows @ unpack(*piece, block_size()) for piece in pieces], dim=1)
         y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
@@ -397,29 +430,31 @@ def pack(codes: Tensor) -> Tensor:
         return torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
 
-def unpack(packed: Tensor, levels: Tensor, dtype: torch.dtype, block: int) -> Tensor:
-    """Some rows of a weight, as a matrix (in, rows), from what an x86's kernel reads.
+def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
+    if rows.is_cuda:
+        return torch.ops.aten._weight_int4pack_mm(rows, packed, Int4Linear.GROUP, levels)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, Int4Linear.GROUP, levels)
 
-    That is block by block, a byte for each column and each row of the block's first half. Its
-    lower four bits are that row's code, its upper four that of the row half a block further down.
+def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
+    """Some rows of a weight, as a matrix (in, rows): what a CPU's kernel makes of the identity.
+
+    The kernel takes a block of rows at a time, and in it group after group. So each group of a block
+    can pass for a weight of 32 inputs, and an identity of that size serves for all.
     """
-    groups, size, half = len(levels), Int4Linear.GROUP, block // 2
-    pairs = packed.view(-1, groups, size, half).permute(1, 2, 0, 3)         # (g, 32, blocks, half)
-    scale, zero = levels.movedim(-1, 0).to(dtype).reshape(2, groups, 1, -1, 2, half)
-    weight = torch.empty(groups, size, pairs.shape[2], 2, half, dtype=dtype)
-    for i, codes in enumerate([pairs & 15, pairs >> 4]):
-        codes = (codes.char() - 8).to(dtype)
-        torch.addcmul(zero[..., i, :], codes, scale[..., i, :], out=weight[..., i, :])
-    return weight.view(groups * size, -1)
+    groups, size = len(levels), Int4Linear.GROUP
+    levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
+    identity = torch.eye(size, dtype=levels.dtype)
+    weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
+    weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)       # (g, 32, blocks, block)
+    return weight.reshape(groups * size, -1)
 
 @functools.cache
 def block_size() -> int:
-    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it, as on ARM."""
-    row = torch.arange(64)[:, None]
-    codes = torch.cat([row % 16, row // 16], dim=1).repeat(1, 16)           # (64, 32)
-    levels = torch.tensor([1.0, 8.0]).repeat(1, 64, 1)                      # a weight is its code
-    for block in 64, 32:
-        if torch.equal(unpack(pack(codes), levels, torch.float32, block), codes.mT.float()):
+    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
+    codes = torch.arange(64 * 64).view(64, 64) // 5 % 16
+    levels = torch.tensor([1.0, 8.0]).repeat(2, 64, 1)              # a weight is its code
+    for block in 64, 32, 16:
+        if torch.equal(unpack(pack(codes), levels, block), codes.mT.float()):
             return block
     return 0
 
@@ -496,28 +531,31 @@ def find(source: str | Path) -> Path:
         raise ValueError(f"{name!r:.200} is not a folder; `python train.py` makes one, for "
                          f"`--model out`; nor could it be downloaded ({why!r})") from e
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in the folder's safetensors, one file or several, only mapped; each one's file."""
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in the folder's safetensors, one file or several, only mapped."""
     index = folder / "model.safetensors.index.json"
     whole = folder / "model.safetensors"
+    tensors = {}
     try:
         if whole.exists() or not index.exists():
-            tensors = safetensors.torch.load_file(whole)
-            places = dict.fromkeys(tensors, whole.name)
+            with safetensors.safe_open(whole, "pt") as file:
+                places = dict.fromkeys(file.keys(), whole.name)
         else:
             places = read_json(index)["weight_map"]                 # name -> file
-            names = set(places.values())
-            if any(Path(name).name != name for name in names):
+        for name, place in places.items():
+            if Path(place).name != place:
                 raise ValueError(f"{index.name} names a file that is not beside it")
-            files = {name: safetensors.torch.load_file(folder / name) for name in names}
-            tensors = {name: files[file][name] for name, file in places.items()}
+            # What is read of a mapped file stays in memory, until all that is mapped with it goes.
+            # So each tensor is mapped by itself.
+            with safetensors.safe_open(folder / place, "pt") as file:
+                tensors[name] = file.get_tensor(name)
     except Exception as e:          # a broken file raises many kinds
         raise ValueError(f"{folder} has no whole model.safetensors ({str(e)!r:.300}); pickled "
                          "weights are not read, because they can run code") from e
     for name, v in tensors.items():
         if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
-    return tensors, places
+    return tensors
 
 def replace_file(new: Path, path: Path) -> None:
     """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""

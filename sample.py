@@ -30,6 +30,7 @@ from mamba import Block, Mamba, State, find, read_json, replace_file
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
+CUDA_PIECE = 4096       # the same on a GPU, where fewer would wait for their launches
 SMALL = 10e6    # bytes of weights: with fewer, one thread is as fast, and needs not wait for another
 RECENT = 16     # old tokens that are decoded with a new one, because its text depends on them
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,82 +52,83 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     last = tokens.shape[1] - 1
     if last < 0:
         raise ValueError("there is no token to read; a prompt has at least one")
-    for begin in range(0, last, PIECE):
-        end = min(begin + PIECE, last)
+    piece = CUDA_PIECE if tokens.is_cuda else PIECE
+    for begin in range(0, last, piece):
+        end = min(begin + piece, last)
         starts = None if reset is None else reset[:, begin:end]
         _, state = model(tokens[:, begin:end], state, starts, last_only=True)
 
-    token = tokens[:, last]                                     # (b,)
-    starts = None if reset is None else reset[:, last:]         # (b, 1)
-    stops = torch.tensor([] if stop is None else stop, dtype=torch.int64, device=tokens.device)
-    ended = torch.zeros_like(token, dtype=torch.bool)           # (b,)
-    step = model
-    for i in range(max_new_tokens):
-        if i == 1:
-            starts = None           # no new token starts a document
-            if tokens.is_cuda:      # from here on all steps are alike, so one can be recorded
-                step = replayed(model, state)
-        logits, state = step(token[:, None], state, starts)     # (b, 1, vocab_size)
+    stops = torch.tensor([] if stop is None else stop, dtype=torch.int64)
+    stops_there = stops.to(tokens.device)
+    constants = model.constants()
+
+    def step(token):    # (b,) -> the next one, or the same if it ends its text; overwrites the state
+        logits = model.step(token[:, None], state, constants)   # (b, 1, vocab_size)
         chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        token = torch.where(ended, token, chosen)
-        ended = torch.isin(token, stops)
-        yield token
-        if ended.all() or (interrupted and interrupted.is_set()):
+        ended = (token[:, None] == stops_there).any(-1)
+        return torch.where(ended, token, chosen)
+
+    for i in range(max_new_tokens):
+        if i == 0:      # not a step: a document may start here, and a prompt's token ends nothing
+            starts = None if reset is None else reset[:, last:]
+            logits, state = model(tokens[:, last:], state, starts)
+            token = choose(logits[:, 0], temperature, top_k, top_p, generator)
+        else:
+            if i == 2 and tokens.is_cuda:       # the first step has compiled all that it needs
+                step = recorded(step, token, generator)
+            token = step(token)
+        made = token.cpu()                      # the only wait for a GPU
+        if made.lt(0).any():
+            raise ValueError("the logits are not finite: the weights or the state are damaged, or "
+                             "too large for --dtype")
+        yield made
+        if torch.isin(made, stops).all() or (interrupted and interrupted.is_set()):
             break
     with torch.inference_mode(False):   # what that mode makes cannot be trained through; copies can
-        conv = [layer.clone() for layer in state.conv]
-        ssm = [layer.clone() for layer in state.ssm]
-    return State(conv, ssm)
+        return state.copy()
 
-def replayed(model: Mamba, state: State) -> Callable:
-    """model(token, state) for one token a text, as a CUDA graph: one launch, not a thousand.
+def recorded(step: Callable, token: Tensor, generator: torch.Generator | None) -> Callable:
+    """step(token) as a CUDA graph: one launch, not a thousand. We have not run this on a GPU yet.
 
-    A graph is a recording of kernels. It replays on the memory that it was recorded with. So a step
-    copies its token into a buffer and overwrites `state`. We have not run this on a GPU yet.
+    A graph is a recording of kernels. It replays on the memory that it was recorded with. So each
+    replay overwrites the state and `token`.
     """
-    with torch.cuda.device(state.ssm[0].device):
-        token = torch.zeros(len(state.ssm[0]), 1, dtype=torch.int64, device="cuda")
-        side = torch.cuda.Stream()      # PyTorch asks for a warm-up on another stream first
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            model(token, state)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits, after = model(token, state)
-            for old, new in zip([*state.conv, *state.ssm], [*after.conv, *after.ssm]):
-                old.copy_(new)
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)   # else each replay would draw the same
+    with torch.cuda.graph(graph):
+        token.copy_(step(token))
 
-    def step(new_token, _state, _reset):    # _state is `state`, which the graph knows
-        token.copy_(new_token)
+    def replay(_):      # the token is `token`, where the last replay has left it
         graph.replay()
-        return logits, state
-    return step
+        return token
+    return replay
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator | None) -> Tensor:
-    """One token for each row of logits (b, vocab_size) -> (b,).
+    """One token for each row of logits (b, vocab_size) -> (b,), or -1 if they are not finite.
 
     Temperature 0 takes the likeliest. Else one is drawn from softmax(logits / temperature), of the
     top_k likeliest, and of the fewest of these that hold top_p of their probability.
     """
-    if not logits.isfinite().all():
-        raise ValueError("the logits are not finite: the weights or the state are damaged, or too "
-                         "large for --dtype")
+    finite = logits.isfinite().all(-1)                          # (b,)
     if temperature == 0:
-        return logits.argmax(-1)
+        return torch.where(finite, logits.argmax(-1), -1)
     logits = logits - logits.amax(-1, keepdim=True)             # at most 0, so softmax is safe
     logits = logits / max(temperature, 1e-30)                   # fp32 takes 1e-46 for 0
-    if top_k is None and top_p is None:                         # without sorting
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    size = logits.shape[-1]
-    logits, tokens = logits.topk(min(top_k or size, size))      # (b, k), the likeliest first
+    tokens = None
+    if top_k or top_p:
+        size = logits.shape[-1]
+        logits, tokens = logits.topk(min(top_k or size, size))  # (b, k), the likeliest first
     probs = logits.softmax(-1)
     if top_p is not None:
         likelier = probs.cumsum(-1) - probs                     # what all likelier tokens hold
         probs = probs.masked_fill(likelier >= top_p, 0)
-    drawn = torch.multinomial(probs, 1, generator=generator)    # (b, 1)
-    return tokens.gather(-1, drawn)[:, 0]
+    # The least of exponential times at these rates is each one's with its probability. That is
+    # what torch.multinomial does, but it waits for the GPU, which a recorded graph cannot.
+    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    drawn = drawn if tokens is None else tokens.gather(-1, drawn)
+    return torch.where(finite, drawn[:, 0], -1)
 
 class Text:
     """Tokens as text, while they are made. The bytes of an unfinished character are held back.
@@ -255,17 +257,18 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
 # The command line.
 
 def compile_blocks() -> None:
-    """Let torch.compile fuse what a block does to one token. Prompts run as before.
+    """Let torch.compile fuse what a block does to one token, and on a GPU to a whole piece of a prompt.
 
     Compiled code takes a block's weights as arguments, so one serves all layers. Before each call it
     checks, in 0.015 ms, that shapes and types are those it was made for. Others are compiled anew.
     """
+    Block.step = torch.compile(Block.step, dynamic=False)
     eager = Block.forward
     fused = torch.compile(Block.forward, dynamic=False)
 
-    def forward(self, stream, past, h0, reset):
-        step = fused if stream.shape[1] == 1 and reset is None else eager
-        return step(self, stream, past, h0, reset)
+    def forward(self, stream, past, h, reset):
+        whole_piece = stream.is_cuda and stream.shape[1] == CUDA_PIECE
+        return (fused if whole_piece else eager)(self, stream, past, h, reset)
     Block.forward = forward
 
 def tell(text: str) -> None:

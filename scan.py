@@ -205,6 +205,17 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         y, h = BACKENDS[backend](*inputs, reset)
     return y.to(x.dtype), h
 
+def step(h, x, dt, A, B, C, D, z, dt_bias) -> Tensor:
+    """The scan of one token, x, dt, z (b, 1, d), without gradients: y. Overwrites the state h."""
+    if default_backend(x.device, 1) == "triton":
+        from scan_triton import step as fused
+        return fused(h, x, dt, A, B, C, D, dt_bias, z, None)
+    delta = F.softplus(dt + dt_bias)                                 # (b, 1, d)
+    h.mul_(torch.exp(delta.mT * A))                                  # (b, d, n)
+    h.addcmul_((delta * x).mT, B)                                    # (b, d, 1) times (b, 1, n)
+    y = (h @ C.mT).mT                                                # (b, 1, d), C . h
+    return skip_and_gate(y, x, D, z.float()).to(x.dtype)
+
 def default_backend(device: torch.device, l: int) -> str:
     """What "auto" runs: on a GPU Triton's kernels, else chunks, or the loop for a single token."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):

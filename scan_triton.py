@@ -4,8 +4,8 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A Triton program (a CUDA block) is one warp here: 32 threads in lockstep. Each holds the n states of
-one channel in registers and walks through time. No whole (b, l, d, n) ever lies in memory.
+A Triton program (a CUDA block) is one warp here: 32 threads in lockstep. Each thread holds the n
+states of one channel in registers and walks through time. So no (b, l, d, n) ever lies in memory.
 
 One sequence of the 7B has 8192 channels, or 256 warps. An H100 has room for more than 2000. So
 time is cut into chunks, and all chunks are walked at once. That is possible because a chunk does
@@ -15,8 +15,8 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
     pass 2   carry_kernel    chunk after chunk: the state that enters each
     pass 3   scan_kernel     every chunk at once, from that state: y
 
-A batch that fills half of the GPU is not cut and needs pass 3 only. The backward does the same to
-dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel. One token takes step_kernel.
+The backward does the same to dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel.
+One token takes step_kernel.
 `python scan_triton.py` compiles them all, with or without a GPU. It prints their registers, which
 limit how many warps fit, and their time on an H100, estimated and never measured. Next: mamba.py.
 
@@ -32,17 +32,17 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-STEPS = 4               # a block of steps is loaded at once, before the first is computed
-STRETCH = 256           # the forward keeps a state for the backward at least every so many steps
+CHUNK = 128             # steps: after so many, a state is a quarter of what x takes in bf16
+STEPS = 4               # a block of them is loaded at once, before the first is computed
 SCRATCH = 500 << 20     # bytes: the backward takes as many chunks at a time as fit in here
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
 # For each of these, Triton would compile a kernel anew where it is 1, and where 16 divides it.
-LENGTHS = ["l", "since", "chunk", "chunks", "stretch"]
+LENGTHS = ["l", "since", "chunk", "chunks"]
 # Wanted: thread 0 holds the 16 states of channel 0. If Triton knew that 16 divides these addresses,
 # thread 0 would hold 4 states of channels 0 to 3, and a sum over n would pass between threads.
-STATES = ["A_ptr", "start_ptr", "h_ptr", "kept_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
+STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
 # What the kernels share.
@@ -56,12 +56,6 @@ def softplus(v):
     series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
     series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
     return tl.maximum(v, 0) + 2 * r * series
-
-@triton.jit
-def decay_over(time, A2, forget):
-    # exp(time A), (n, CHANNELS), from A2 = A log2(e). `forget` is 0, or -inf for a reset: 2^-inf
-    # is 0, and so nothing is left of the state.
-    return tl.exp2(time[None, :] * A2 + forget)
 
 @triton.jit
 def find_chunk(l, since, chunk, chunks, d):
@@ -99,22 +93,30 @@ def store_rows(ptr, rows, row, rest, c, d, BLOCK):
         tl.store(ptr + (row + j) * d + c, rows[j], j < tl.where(c < d, rest, 0))
 
 @triton.jit
-def load_forget(ptr, at, mask):
-    return 0.0 if ptr is None else tl.where(tl.load(ptr + at, mask, False), float("-inf"), 0.0)
-
-@triton.jit
 def load_BC(ptr, row, j, rest, i, n):
     # Step j of a block of (b, l, n). Past the end the last one again: its factor is 0 there.
     return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
 
+@triton.jit
+def load_forget(ptr, at, mask):
+    # -inf at a reset, else 0: added to an exponent it makes the decay 0 or leaves it.
+    return 0.0 if ptr is None else tl.where(tl.load(ptr + at, mask, False), float("-inf"), 0.0)
+
+@triton.jit
+def advance(h, x, dt, A2, B, forget):
+    # The recurrence, with A2 = A log2(e), of a step: the next h, (n, CHANNELS), and exp(delta A).
+    delta = softplus(dt)
+    fade = tl.exp2(delta[None, :] * A2 + forget)
+    return fade * h + (delta * x)[None, :] * B[:, None], fade
+
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
 # bool. z and reset may be None. BLOCK is the steps of a block.
 
-# Pass 1:   h = 0
+# Pass 1:   h = 0,   decay = 1
 #           for t in the chunk:
 #               h = exp(delta_t A) h + delta_t B_t x_t
+#               decay = decay exp(delta_t A)
 #           local = h
-#           decay = the product of all exp(delta_t A) = exp(A * the sum of all delta_t)
 @thread_per_channel
 def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
                   decay_ptr, local_ptr,     # (b, chunks, n, d) out
@@ -124,8 +126,7 @@ def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
     A2 = load(A_ptr, tile, inside) * LOG2E
     bias = load(bias_ptr, c, c < d)
     h = tl.zeros_like(A2)
-    time = tl.zeros_like(bias)
-    forgets = 0.0
+    decay = tl.full(A2.shape, 1.0, tl.float32)
     for t in range(start, end, BLOCK):
         row = sequence * l + t
         rest = end - t
@@ -133,12 +134,10 @@ def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
         dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
         for j in tl.static_range(BLOCK):
             B = load_BC(B_ptr, row, j, rest, i, n)
-            delta = softplus(dts[j] + bias)
             forget = load_forget(reset_ptr, row + j, j < rest)
-            h = decay_over(delta, A2, forget) * h + (delta * xs[j])[None, :] * B[:, None]
-            time += delta
-            forgets += forget
-    tl.store(decay_ptr + k * n * d + tile, decay_over(time, A2, forgets), inside)
+            h, fade = advance(h, xs[j], dts[j] + bias, A2, B, forget)
+            decay *= fade
+    tl.store(decay_ptr + k * n * d + tile, decay, inside)
     tl.store(local_ptr + k * n * d + tile, h, inside)
 
 # Pass 2, for the backward's dh too:   for each chunk: h = decay * h + local
@@ -161,44 +160,34 @@ def carry_kernel(h_ptr,         # (b, size): what enters the first, then what le
 
 # Pass 3:   as pass 1, but h = the state that enters the chunk, and for each t
 #               y_t = (C_t . h + D x_t) SiLU(z_t)
-# A chunk is one or more stretches of `stretch` steps. The h that enters each is kept.
 @thread_per_channel
 def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                 start_ptr,      # (b, chunks, n, d): what enters each chunk
                 y_ptr,          # (b, l, d) out
-                kept_ptr,       # (b, l / stretch rounded up, n, d) out
-                h_ptr,          # (b, n, d) out: the last state
-                l, chunk, chunks, stretch, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+                l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, 0, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
     bias = load(bias_ptr, c, c < d)
     h = load(start_ptr + k * n * d, tile, inside)
-    slot = sequence * tl.cdiv(l, stretch) + start // stretch
-    for first in range(start, end, stretch):
-        tl.store(kept_ptr + slot * n * d + tile, h, inside)
-        slot += 1
-        for t in range(first, tl.minimum(first + stretch, end), BLOCK):
-            row = sequence * l + t
-            rest = end - t
-            xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
-            dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
-            zs = load_rows(z_ptr, row, rest, c, d, BLOCK)
-            ys = ()
-            for j in tl.static_range(BLOCK):
-                B = load_BC(B_ptr, row, j, rest, i, n)
-                C = load_BC(C_ptr, row, j, rest, i, n)
-                delta = softplus(dts[j] + bias)
-                forget = load_forget(reset_ptr, row + j, j < rest)
-                h = decay_over(delta, A2, forget) * h + (delta * xs[j])[None, :] * B[:, None]
-                y = tl.sum(C[:, None] * h, 0) + D * xs[j]
-                if z_ptr is not None:
-                    y *= zs[j] * tl.sigmoid(zs[j])
-                ys += (y,)
-            store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, so that no load waits for it
-    if end == l:        # with several chunks pass 2 did this, too
-        tl.store(h_ptr + sequence * n * d + tile, h, inside)
+    for t in range(start, end, BLOCK):
+        row = sequence * l + t
+        rest = end - t
+        xs = load_rows(x_ptr, row, rest, c, d, BLOCK)
+        dts = load_rows(dt_ptr, row, rest, c, d, BLOCK, float("-inf"))
+        zs = load_rows(z_ptr, row, rest, c, d, BLOCK)
+        ys = ()
+        for j in tl.static_range(BLOCK):
+            B = load_BC(B_ptr, row, j, rest, i, n)
+            C = load_BC(C_ptr, row, j, rest, i, n)
+            forget = load_forget(reset_ptr, row + j, j < rest)
+            h, _ = advance(h, xs[j], dts[j] + bias, A2, B, forget)
+            y = tl.sum(C[:, None] * h, 0) + D * xs[j]
+            if z_ptr is not None:
+                y *= zs[j] * tl.sigmoid(zs[j])
+            ys += (y,)
+        store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, so that no load waits for it
 
 # One token. The state is the model's own, and lies (d, n). So does A here.
 @triton.jit
@@ -214,10 +203,8 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
     B = load(B_ptr + sequence * n, i, i < n)
     C = load(C_ptr + sequence * n, i, i < n)
     x = load(x_ptr + sequence * d, c, c < d)
-    dt = load(dt_ptr + sequence * d, c, c < d)
-    delta = softplus(dt + load(bias_ptr, c, c < d))
-    forget = load_forget(reset_ptr, sequence, True)
-    h = decay_over(delta, A2, forget) * h + (delta * x)[None, :] * B[:, None]
+    dt = load(dt_ptr + sequence * d, c, c < d) + load(bias_ptr, c, c < d)
+    h, _ = advance(h, x, dt, A2, B, load_forget(reset_ptr, sequence, True))
     y = tl.sum(C[:, None] * h, 0) + load(D_ptr, c, c < d) * x
     if z_ptr is not None:
         z = load(z_ptr + sequence * d, c, c < d)
@@ -228,11 +215,11 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 # The backward. scan.py derives its formulas, above run_chunk, and has the same names:
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}
-# To run h backwards would be to divide by decays. So h is computed again, from the kept states.
-# NOTE: a chunk of the backward is a stretch of the forward, because it begins with a kept state.
-# At its start it hands on exp(u_t) dh_t of its first t. Written out, that is decay times what
-# entered at its end, plus its local: the sum over t of (the exp(u) from its start to t, multiplied)
-# C_t ds_t. This sum needs no dh, and so pass 1 can take it forwards in time, together with h.
+# To run h backwards would be to divide by decays. So h is computed again, from the state that
+# enters the chunk, which the forward kept. At its start a chunk hands on exp(u_t) dh_t of its first
+# t. Written out, that is decay times what entered at its end, plus its local: the sum over t of
+# (the exp(u) from its start to t, multiplied) C_t ds_t. This sum needs no dh, and so pass 1 can
+# take it forwards in time, together with h.
 
 # Pass 1:   h = the state that enters the chunk,   local = 0,   decay = 1
 #           for t in the chunk:
@@ -246,7 +233,7 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
                   start_ptr,        # (b, chunks, n, d): what enters each chunk
                   dy_ptr,           # (b, l, d)
                   dz_ptr,           # (b, l, d) out; None without z
-                  blocks_ptr,       # (b, chunks * chunk / BLOCK, n, d) out: what enters each block
+                  blocks_ptr,       # (b, chunks, chunk / BLOCK, n, d) out: what enters each block
                   decay_ptr, local_ptr,     # (b, chunks, n, d) out
                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
     k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
@@ -270,9 +257,8 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
         for j in tl.static_range(BLOCK):
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
-            delta = softplus(dts[j] + bias)
-            fade = decay_over(delta, A2, load_forget(reset_ptr, row + j, j < rest))
-            h = fade * h + (delta * xs[j])[None, :] * B[:, None]
+            forget = load_forget(reset_ptr, row + j, j < rest)
+            h, fade = advance(h, xs[j], dts[j] + bias, A2, B, forget)
             ds = dys[j]
             if z_ptr is not None:
                 s = tl.sum(C[:, None] * h, 0) + D * xs[j]
@@ -298,7 +284,7 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                    dy_ptr,             # (b, l, d)
-                   blocks_ptr,         # (b, chunks * chunk / BLOCK, n, d)
+                   blocks_ptr,         # (b, chunks, chunk / BLOCK, n, d)
                    dh_ptr,             # (b, chunks, n, d): what enters each chunk at its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
                    dB_ptr, dC_ptr,     # (b, chunks, programs, chunk, n) out: of 32 channels
@@ -327,10 +313,10 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
         faded = ()
         for j in tl.static_range(BLOCK):
             B = load_BC(B_ptr, row, j, rest, i, n)
-            delta = softplus(dts[j] + bias)
             forget = load_forget(reset_ptr, row + j, j < rest)
-            faded += (decay_over(delta, A2, forget) * h,)
-            h = faded[j] + (delta * xs[j])[None, :] * B[:, None]
+            following, fade = advance(h, xs[j], dts[j] + bias, A2, B, forget)
+            faded += (fade * h,)
+            h = following
         for j in tl.static_range(BLOCK - 1, -1, -1):
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
@@ -356,7 +342,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
             exists = j < tl.where(c < d, rest, 0)
             tl.store(dx_ptr + (row + j) * d + c, delta * dw + D * ds, exists)
             tl.store(ddt_ptr + (row + j) * d + c, ddt, exists)
-            dh *= decay_over(delta, A2, load_forget(reset_ptr, row + j, j < rest))
+            forget = load_forget(reset_ptr, row + j, j < rest)
+            dh *= tl.exp2(delta[None, :] * A2 + forget)
     tl.store(dA_ptr + k * n * d + tile, dA, inside)
     tl.store(dD_ptr + k * d + c, dD, c < d)
     tl.store(dbias_ptr + k * d + c, dbias, c < d)
@@ -371,31 +358,6 @@ def launch(kernel, count: int, width: int, *args, **sizes) -> None:
     with torch.cuda.device_of(args[0]):             # Triton would take the current GPU
         kernel[grid](*args, **sizes, num_warps=1, enable_fp_fusion=True)    # a * b + c at once
 
-def chunk_count(b: int, l: int, d: int, sm_count: int) -> int:
-    """How many chunks to cut time into, on a GPU of so many multiprocessors."""
-    warps = max(1, b * triton.cdiv(d, CHANNELS))
-    room = 21 * sm_count        # about so many warps of scan_kernel fit
-    # Chunks are walked twice. One is walked once, which is faster if it fills half of the GPU.
-    if warps >= room / 2:
-        return 1
-    # Fill the GPU three times over. Then it matters little if the last warps do not fill it.
-    wanted = triton.cdiv(3 * room, warps)
-    # After 128 steps a state, n = 16 in fp32, is a quarter of the chunk's x in bf16: cheap to move.
-    return max(1, min(wanted, l // 128))
-
-def cut_time(x: Tensor) -> tuple[int, int, int]:
-    """How many chunks, the steps of one, and the steps of each of its stretches."""
-    b, l, d = x.shape
-    sm_count = 132      # an H100's
-    if x.is_cuda:
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    chunk = triton.cdiv(l, chunk_count(b, l, d, sm_count))
-    # Rounded up: a stretch to whole blocks, and the chunk to whole stretches.
-    stretches = triton.cdiv(chunk, STRETCH)
-    stretch = triton.cdiv(chunk, stretches * STEPS) * STEPS
-    chunk = stretches * stretch
-    return triton.cdiv(l, chunk), chunk, stretch
-
 def block_steps(n: int) -> int:
     """BLOCK in the backward. Registers hold up to 64 states of a channel; for n > 32 they spill."""
     return max(1, min(STEPS, 64 // triton.next_power_of_2(n)))
@@ -406,68 +368,63 @@ def contiguous(*tensors):
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
                          schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
 def scan(h0, *inputs):
-    """y, the last h and the states kept for the backward. h0 and h are (b, n, d), A is (n, d)."""
+    """y, the last h and what enters each chunk. h0 and h are (b, n, d), A is (n, d)."""
     x, dt, A, B, C, D, bias, z, reset = inputs = contiguous(*inputs)
-    b, n, d = h0.shape
-    chunks, chunk, stretch = cut_time(x)
-    sizes = dict(l=x.shape[1], chunk=chunk, chunks=chunks, d=d, n=n, BLOCK=STEPS)
-    y, h, kept = empty_outputs(h0, x)
+    y, h, start = empty_outputs(h0, x)
     h.copy_(h0)
-    start = h       # enters the only chunk, and is then overwritten with what leaves it
-    if chunks > 1:
-        start = h.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
-        decay = h.new_empty(b, chunks, n, d)
-        launch(reduce_kernel, b * chunks, d, x, dt, A, B, bias, reset, decay, start, **sizes)
-        launch(carry_kernel, b, n * d, h, decay, start, chunks, n * d, False)
-    launch(scan_kernel, b * chunks, d, *inputs, start, y, kept, h, stretch=stretch, **sizes)
-    return y, h, kept
+    decay = torch.empty_like(start)
+    b, chunks, n, d = start.shape
+    sizes = dict(l=x.shape[1], chunk=CHUNK, chunks=chunks, d=d, n=n, BLOCK=STEPS)
+    launch(reduce_kernel, b * chunks, d, x, dt, A, B, bias, reset, decay, start, **sizes)
+    launch(carry_kernel, b, n * d, h, decay, start, chunks, n * d, False)
+    launch(scan_kernel, b * chunks, d, *inputs, start, y, **sizes)
+    return y, h, start
 
 @scan.register_fake     # torch.compile asks it for shapes
 def empty_outputs(h0, x, *_):
     b, n, d = h0.shape
-    _, _, stretch = cut_time(x)
-    kept = h0.new_empty(b, triton.cdiv(x.shape[1], stretch), n, d)
-    return x.new_empty(x.shape), h0.new_empty(h0.shape), kept
+    start = h0.new_empty(b, triton.cdiv(x.shape[1], CHUNK), n, d)
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), start
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
-                         schema=f"(Tensor dy, Tensor dh, Tensor kept, {INPUTS}) -> Tensor[]")
-def scan_backward(dy, dh, kept, *inputs):
+                         schema=f"(Tensor dy, Tensor dh, Tensor start, {INPUTS}) -> Tensor[]")
+def scan_backward(dy, dh, start, *inputs):
     """The gradients of h0 and of the inputs, without those of reset and of a z that is None."""
     dy, *inputs = contiguous(dy, *inputs)
-    grads = empty_grads(dy, dh, kept, *inputs)
+    grads = empty_grads(dy, dh, start, *inputs)
     dh0, _, _, dA, _, _, dD, dbias, *_ = grads
     dh0.copy_(dh)               # what enters the last chunk; carry_kernel makes dh0 of it
     for total in (dA, dD, dbias):
         total.zero_()
-    b, n, d = dh.shape
-    _, _, chunk = cut_time(dy)  # a stretch of the forward
-    blocks_bytes = 4 * b * (chunk // block_steps(n)) * n * d
-    sums_bytes = 4 * b * chunk * triton.cdiv(d, CHANNELS) * n * 2
+    b, chunks, n, d = start.shape
+    blocks_bytes = 4 * b * (CHUNK // block_steps(n)) * n * d
+    sums_bytes = 4 * b * CHUNK * triton.cdiv(d, CHANNELS) * n * 2
     at_once = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
-    for k in reversed(range(0, kept.shape[1], at_once)):
-        backward_chunks(k * chunk, chunk, kept[:, k:k + at_once].contiguous(), dy, inputs, grads)
+    for k in reversed(range(0, chunks, at_once)):
+        backward_chunks(k * CHUNK, start[:, k:k + at_once].contiguous(), dy, inputs, grads)
     return grads
 
-def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
-    """Fill in the gradients of chunks that begin at step `since`, with the states `start`."""
+def backward_chunks(since: int, start: Tensor, dy: Tensor, inputs: list, grads: list) -> None:
+    """Fill in the gradients of chunks that begin at step `since`, and that `start` enters."""
     dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads
     dz = dz[0] if dz else None      # z may be None, and so stands behind the others in INPUTS
     b, chunks, n, d = start.shape
+    l = dy.shape[1]
     block = block_steps(n)
-    sizes = dict(l=dy.shape[1], since=since, chunk=chunk, chunks=chunks, d=d, n=n, BLOCK=block)
-    blocks = start.new_empty(b, chunks * chunk // block, n, d)
-    decay = start.new_empty(b, chunks, n, d)
-    enter = start.new_empty(b, chunks, n, d)        # first local, then what enters each chunk
+    sizes = dict(l=l, since=since, chunk=CHUNK, chunks=chunks, d=d, n=n, BLOCK=block)
+    blocks = start.new_empty(b, chunks, CHUNK // block, n, d)
+    decay = torch.empty_like(start)
+    enter = torch.empty_like(start)         # first local, then what enters each chunk at its end
     launch(replay_kernel, b * chunks, d, *inputs, start, dy, dz, blocks, decay, enter, **sizes)
     launch(carry_kernel, b, n * d, dh0, decay, enter, chunks, n * d, True)
-    dBs = start.new_empty(b, chunks, triton.cdiv(d, CHANNELS), chunk, n)
+    dBs = start.new_empty(b, chunks, triton.cdiv(d, CHANNELS), CHUNK, n)
     dCs = torch.empty_like(dBs)
-    dAs = start.new_empty(b, chunks, n, d)
+    dAs = torch.empty_like(start)
     dDs = start.new_empty(b, chunks, d)
-    dbiases = start.new_empty(b, chunks, d)
+    dbiases = torch.empty_like(dDs)
     launch(adjoint_kernel, b * chunks, d, *inputs, dy, blocks, enter,
            dx, ddt, dBs, dCs, dAs, dDs, dbiases, **sizes)
-    end = min(dy.shape[1], since + chunks * chunk)
+    end = min(l, since + chunks * CHUNK)
     dB[:, since:end] = dBs.sum(2).flatten(1, 2)[:, :end - since]
     dC[:, since:end] = dCs.sum(2).flatten(1, 2)[:, :end - since]
     dA += dAs.sum((0, 1))
@@ -475,14 +432,14 @@ def backward_chunks(since, chunk, start, dy, inputs, grads) -> None:
     dbias += dbiases.sum((0, 1))
 
 @scan_backward.register_fake
-def empty_grads(dy, dh, kept, *inputs):
+def empty_grads(dy, dh, start, *inputs):
     return [t.new_empty(t.shape) for t in (dh, *inputs[:-1]) if t is not None]
 
 def setup_context(ctx, inputs, output):
-    y, h, kept = output
-    ctx.save_for_backward(kept, *inputs[1:])        # h0 is in kept
+    y, h, start = output
+    ctx.save_for_backward(start, *inputs[1:])       # h0 is in start
 
-def backward(ctx, dy, dh, dkept):
+def backward(ctx, dy, dh, dstart):
     grads = scan_backward(dy, dh, *ctx.saved_tensors)
     return *grads, *[None] * (10 - len(grads))      # for h0 and nine inputs
 scan.register_autograd(backward, setup_context=setup_context)

@@ -527,6 +527,9 @@ class Trainer:
             passes = [part.to(self.args.device) for part in self.passes(rows)]
             nats = over_ranks(sum(self.objective(part).item() for part in passes))
             per_token = nats / (len(rows) * context)
+            if not per_token < 700:                 # e^710, as a perplexity, overflows
+                raise ValueError(f"the held-out loss on {name} is {per_token}: the weights are damaged, "
+                                 "or --lr was too high")
             # A row's ends may cut a character. What is left, about a byte, is shown as U+FFFD.
             texts = self.tokenizer.decode_batch([row[1:].tolist() for row in rows])
             size = sum(len(text.replace("\ufffd", "?").encode()) for text in texts)
@@ -702,8 +705,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
     add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
     add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
-    add("mfu", type=number(float, 1e-3, 1), default=0.18, help="part of a GPU's peak, for that plan "
-        "(default 0.18)")
+    add("mfu", type=number(float, 1e-3, 1), default=0.33, help="part of a GPU's peak, for that plan "
+        "(default 0.33)")
     add("micro_tokens", type=count, default=16384, help="tokens that a GPU runs at a time, but at least "
         "a row (default 16384)")
     add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")
@@ -829,7 +832,7 @@ def run(args: argparse.Namespace, recipe: Recipe) -> None:
     if args.eval_only:
         trainer = set_up(args, recipe, folder, paths, tokenizer, end)
         for name, (nats, bits) in trainer.held_out(trainer.recipe.longest).items():
-            print(f"{name}: {nats:.4f} nats per token, perplexity {torch.tensor(nats).exp():.3f}, "
+            print(f"{name}: {nats:.4f} nats per token, perplexity {math.exp(nats):.3f}, "
                   f"{bits:.4f} bits per byte")
         return
     made = args.tokenize_to or args.out

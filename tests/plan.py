@@ -19,6 +19,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NV
 GPU = 80e9              # bytes of an H100's memory, or of a large A100's
 OVERHEAD = 5e9          # bytes that CUDA, NCCL and fragments take: our guess
 TWO_MONTHS = 61         # days: about what the report gives for the 7B on 256 H100
+# Milliseconds, forward and backward, of a layer of the 7B for 8192 tokens on an H100: `python scan_triton.py`
+# estimates them, and prints how.
+LAYER = {"matrix products": (2.49, 4.98), "scan": (0.72, 2.55), "the rest": (0.42, 0.98)}
 PIECE = 1024            # tokens whose logits exist at a time, in train.py
 AT_LEAST = 0.75         # of the memory that is planned here a step takes: test_plan.py measures it
 
@@ -38,8 +41,19 @@ def print_plan(args, recipe) -> None:
     days = flops / (args.world_size * PEAKS["H100"]) / 86400
     print("noise temperature: learning rate / sqrt(batch)\n")
     print(f"{steps:,} steps, {tokens:.5g} tokens, {flops:.3g} FLOPs ({each:.3g} a token): on {args.world_size} H100 "
-          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}\n")
+          f"{days / args.mfu:.3g} days at {args.mfu:.0%} MFU, two months at {days / TWO_MONTHS:.1%}")
+    print_layer(args.checkpoint_activations)
     print_memory(args, recipe, config)
+
+def print_layer(recomputed: bool) -> None:
+    """What part of an H100's peak a layer of the 7B can reach, before optimizer and network."""
+    forwards = 2 if recomputed else 1       # --checkpoint-activations
+    parts = {name: forwards * forward + backward for name, (forward, backward) in LAYER.items()}
+    config = MambaConfig(n_layer=1, vocab_size=1)
+    ideal = 8192 * flops_per_token(config) / PEAKS["H100"] * 1e3
+    listed = ", ".join(f"{name} {ms:.1f}" for name, ms in parts.items())
+    print(f"estimated ms of a layer of the 7B for 8192 tokens {'with' if recomputed else 'without'} "
+          f"--checkpoint-activations: {listed}; that is {ideal / sum(parts.values()):.0%} MFU\n")
 
 def planned_config(args, recipe) -> MambaConfig:
     """The sizes of the model that this command would train. Nothing is downloaded to know them."""
@@ -115,11 +129,10 @@ def print_row(recipe, start: int, end: int, steps: int) -> None:
     rate = train.learning_rate(recipe, start)
     last_rate = train.learning_rate(recipe, end)
     stage = train.stage_at(recipe, start)
-    row = f"{phase:7}{start:9.4g} {end:9.4g} {steps:11,} {stage.context:7} {batch:6} -> {last_batch:<5}"
-    row += f"{rate:10.2e} -> {last_rate:.2e}"
-    row += f"{rate / batch**.5:10.2e} -> {last_rate / last_batch**.5:.2e}  "
-    row += " ".join(f"{name} {share:.0%}" for name, share in train.shares(stage.mixture).items())
-    print(row)
+    mixture = " ".join(f"{name} {share:.0%}" for name, share in train.shares(stage.mixture).items())
+    print(f"{phase:7}{start:9.4g} {end:9.4g} {steps:11,} {stage.context:7} {batch:6} -> {last_batch:<5}"
+          f"{rate:10.2e} -> {last_rate:.2e}"
+          f"{rate / batch**.5:10.2e} -> {last_rate / last_batch**.5:.2e}  {mixture}")
 
 def print_memory(args, recipe, config: MambaConfig) -> None:
     needs = memory(config, args.world_size, torch.bfloat16, args.offload)
@@ -131,12 +144,12 @@ def print_memory(args, recipe, config: MambaConfig) -> None:
     print(f"and for a step, which adds up whole gradients if it takes several passes of --micro-tokens "
           f"{args.micro_tokens}:")
     for way, each in needs.activations.items():
-        hold = (GPU - used - needs.whole_gradients) // each
         for context in sorted({stage.context for stage in recipe.stages}):
-            passes, tokens = cut_step(args, recipe, context, args.world_size)
-            size = tokens * each + (needs.whole_gradients if passes > 1 else 0)
+            passes, _ = cut_step(args, recipe, context, args.world_size)
+            size = step_memory(args, recipe, context, args.world_size, needs, way)
             print(f"  context {context}, passes: {passes}, {way:>7} --checkpoint-activations{size / 1e9:9.2f}"
                   f", together {(used + size) / GPU:.0%} of 80 GB")
+        hold = (GPU - used - needs.whole_gradients) // each
         if hold >= recipe.longest:
             print(f"  80 GB hold --micro-tokens {hold:.0f} {way} --checkpoint-activations")
     smallest = recipe.longest * needs.activations["with"]
@@ -150,6 +163,11 @@ def cut_step(args, recipe, context: int, world: int) -> tuple[int, int]:
     rows = math.ceil(recipe.batch_end / world)
     at_once = min(rows, max(1, args.micro_tokens // context))
     return math.ceil(rows / at_once), at_once * context
+
+def step_memory(args, recipe, context: int, world: int, needs: "Memory", way: str) -> float:
+    """Bytes that come and go with a step: a pass's activations, and gradients that add up over several."""
+    passes, tokens = cut_step(args, recipe, context, world)
+    return tokens * needs.activations[way] + (needs.whole_gradients if passes > 1 else 0)
 
 def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
@@ -226,19 +244,16 @@ def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
     kept = sum(memory(config, world, dtype, offload=True).host.values())
     if offload and kept > host:
         raise ValueError(f"--offload needs {gb(kept)} of the host's memory for each process, for weights, "
-                         f"gradients and Adam's averages, and there are {gb(host)}; use more GPUs, which share "
-                         "them")
-    passes, tokens = max((cut_step(args, recipe, stage.context, world) for stage in recipe.stages),
-                         key=lambda cut: (min(cut[0], 2), cut[1]))
-    fixed = sum(needs.gpu.values()) + (needs.whole_gradients if passes > 1 else 0)
-    each = needs.activations["with" if args.checkpoint_activations else "without"]
+                         f"gradients and Adam's averages, and there are {gb(host)}; use more GPUs, which share them")
+    way = "with" if args.checkpoint_activations else "without"
+    step = max(step_memory(args, recipe, stage.context, world, needs, way) for stage in recipe.stages)
+    fixed = sum(needs.gpu.values())
     surely_kept = 0 if offload else kept
-    planned = fixed + tokens * each
-    if max(surely_kept, AT_LEAST * planned) <= has:
+    if max(surely_kept, AT_LEAST * (fixed + step)) <= has:
         return
-    fixed = sum(needs.gpu.values()) + needs.whole_gradients
-    hold = (has - fixed) // each
-    hold_more = (has - fixed) // needs.activations["with"]
+    room = has - fixed - needs.whole_gradients
+    hold = room // needs.activations[way]
+    hold_more = room // needs.activations["with"]
     if hold >= recipe.longest:
         way_out = f"--micro-tokens {hold:.0f} fits"
     elif hold_more >= recipe.longest:
@@ -247,9 +262,8 @@ def check_memory(args, recipe, config: MambaConfig, world: int) -> None:
         way_out = f"--offload keeps {gb(kept)} of this in the host's memory"
     else:
         way_out = "use more GPUs, a shorter --context or a smaller model"
-    raise ValueError(f"each process needs {gb(planned)} and has {gb(has)}: {gb(surely_kept)} for weights, "
-                     f"gradients and Adam's averages, {gb(tokens * each)} for a pass of {tokens} tokens; "
-                     f"{way_out}")
+    raise ValueError(f"each process needs {gb(fixed + step)} and has {gb(has)}: {gb(surely_kept)} for weights, "
+                     f"gradients and Adam's averages, {gb(step)} for a step; {way_out}")
 
 def gpu_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory

@@ -25,9 +25,9 @@ def model(seed=0, **changes):
     sizes = dict(vocab_size=257, eos_token_id=256, d_model=8, n_layer=2, d_state=3)
     return Mamba(MambaConfig(**sizes | changes))
 
+@torch.no_grad()
 def logits(model):
-    with torch.no_grad():
-        return model(torch.arange(12)[None])[0]
+    return model(torch.arange(12)[None])[0]
 
 @pytest.fixture
 def folder(tmp_path):
@@ -78,61 +78,53 @@ def write(folder, files):
         else:
             (folder / name).write_bytes(content)
 
+NO_JSON = [b"", b"{", b"null", b"7", b"[" * 10**5, b"\xff\xfe", b"\0" * 99, b'{"vocab_size": 97,}']
+HUGE = b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}'
+NO_TENSORS = [b"", b"\x80\x02ctorch._utils\n", struct.pack("<Q", 2**64 - 1) + b"{}",
+              *(struct.pack("<Q", len(text)) + text for text in [b"[]", b"[" * 10**5, b"\xff" * 10, HUGE])]
+OTHER_PLACES = ["c.safetensors", "../model/a.safetensors", "/etc/passwd", "..", "", "a.bin", "a.safetensors/",
+                "a\0.safetensors", "\ud800.safetensors", "config.json", "x" * 10**5, 1, None, []]
+WIDE = torch.ones(32, 8)
+
 @pytest.mark.parametrize("change, what, words", [
     *((write, {name: None}, [name]) for name in ["config.json", WEIGHTS]),
-    *((write, {"config.json": text}, ["config.json"]) for text in [
-        b"", b"{", b"null", b"[]", b"7", b'"falcon_mamba"', b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe",
-        b"{}", b'{"model_type": "falcon_mamba"}', b"9" * 10**4, b"\0" * 99, b'{"vocab_size": 97,}']),
+    *((write, {"config.json": text}, ["config.json"]) for text in [*NO_JSON, b"{}", b'{"model_type": "falcon_mamba"}']),
     *((config, {"model_type": kind}, ["'falcon_mamba' with 'silu'"]) for kind in [
-        "mamba", "mamba2", "", None, 7, ["falcon_mamba"], "a\nb", "x" * 10**5, ...]),
+        "mamba", "", None, ["falcon_mamba"], "a\nb", "x" * 10**5, ...]),
     *((config, {name: ...}, ["config.json"]) for name in ["vocab_size", "hidden_size", "num_hidden_layers"]),
     (config, {"hidden_act": "gelu"}, ["'falcon_mamba' with 'gelu'"]),
     (config, {"num_hidden_layers": 1025}, ["num_hidden_layers", 1025, 1024]),
     (config, {"num_hidden_layers": 200}, ["Missing", "backbone.layers.2."]),
-    (config, {"state_size": 5}, ["[16, 3]", "[16, 5]"]),
     (config, {"intermediate_size": ..., "expand": 16}, ["[16, 3]", "[128, 3]"]),
     (config, {"hidden_size": 2**20, "intermediate_size": 2**20}, ["1048576", "257, 8"]),
-    *((write, {WEIGHTS: content}, ["pickle", WEIGHTS]) for content in [
-        b"", b"\x80\x02ctorch._utils\n", b"7 bytes", struct.pack("<Q", 2**40), struct.pack("<Q", 2**64 - 1) + b"{}"]),
-    *((write, {WEIGHTS: struct.pack("<Q", len(text)) + text + b"\0" * 16}, [WEIGHTS]) for text in [
-        b"[]", b"{", b"[" * 10**5, b'{"a":' * 10**4, b"\xff" * 10,
-        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
-        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}',
-        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}']),
-    (tensors, {IN_PROJ: ...}, [IN_PROJ, "Missing"]),
-    (tensors, {"more": torch.ones(2)}, ["more", "Unexpected"]),
-    (tensors, {"a\nTraceback \x1b[31m" + "b" * 10**4: torch.ones(2)}, ["Unexpected"]),
-    (tensors, {IN_PROJ: torch.ones(8, 32)}, [IN_PROJ, "[8, 32]", "[32, 8]"]),
-    *((tensors, {IN_PROJ: torch.ones(32, 8).to(dtype)}, [IN_PROJ, dtype, "quantised"]) for dtype in [
-        torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]),
     (config, {"quantization_config": {"load_in_4bit": True}}, ["quantised", "load the unquantised"]),
     (config, {"tie_word_embeddings": True}, [HEAD, EMBEDDINGS, "tie_word_embeddings"]),
-    *((shards, {EMBEDDINGS: target}, [".safetensors"]) for target in [
-        "c.safetensors", "../model/a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", "a.bin",
-        "a.safetensors.bin", "./a.safetensors", "sub/../a.safetensors", "a.safetensors/", "a\0.safetensors",
-        "\ud800.safetensors", "config.json", "a\n.safetensors", "x" * 10**5 + ".safetensors",
-        "..\\a.safetensors", 1, None, [], {}]),
-    *((index, text, []) for text in [
-        b"", b"[]", b"null", b"{}", b'{"weight_map": []}', b"[" * 10**5, b'{"weight_map": {}}',
-        b'{"weight_map": "a.safetensors"}', b'{"weight_map": {"a": "config.json"}}'])])
+    *((write, {WEIGHTS: content}, ["pickle", WEIGHTS]) for content in NO_TENSORS),
+    (tensors, {IN_PROJ: ...}, [IN_PROJ, "Missing"]),
+    (tensors, {"a\nTraceback \x1b[31m" + "b" * 10**4: WIDE}, ["Unexpected"]),
+    (tensors, {IN_PROJ: WIDE.T.contiguous()}, [IN_PROJ, "[8, 32]", "[32, 8]"]),
+    *((tensors, {IN_PROJ: WIDE.to(dtype)}, [IN_PROJ, dtype, "quantised"]) for dtype in [
+        torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]),
+    *((shards, {EMBEDDINGS: place}, [WEIGHTS]) for place in OTHER_PLACES),
+    *((index, text, [WEIGHTS]) for text in [
+        *NO_JSON, b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": "config.json"}}'])])
 def test_a_folder_that_is_no_whole_checkpoint_is_refused_in_a_sentence(folder, change, what, words):
     change(folder, what)
     assert_refused(folder, *words)
 
-ABSURD = {int: [-1, 2**40, 10**400, 1.5, 8.0, NAN, INF, 1e300, "8", "", True, [-8], {}, "x" * 10**5],
-          float: [-1, 0, 1, -0.5, NAN, INF, 10**400, "1e-5", True, [], [1e-5], {}],
-          bool: [0, 1, "true", "", NAN, [], {}, 1.0]}
+ABSURD = {int: [-1, 2**40, 10**400, 1.5, NAN, "8", "", True, [-8], [8, "8"], [[8]], {}],
+          float: [-1, 1, NAN, INF, 10**400, "1e-5", True, [1e-5], {}],
+          bool: [0, "true", "", NAN, [], {}, 1.0]}
 
 @pytest.mark.parametrize("f", fields(MambaConfig), ids=lambda f: f.name)
 def test_an_absurd_value_in_config_json_is_refused_by_its_published_name(folder, f):
     name = PUBLISHED.get(f.name, f.name)
-    for value in ABSURD[f.type] + [[8, "8"], [[8]]]:
+    for value in ABSURD[f.type]:
         config(folder, {name: value})
         assert_refused(folder, name)
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model", "a\0b", "model\udcff", "../../a/b/c",
-                                  "-a/b", "no-such-folder", "README.md", "nobody/nothing"])
+                                  "no-such-folder", "README.md", "nobody/nothing"])
 def test_a_name_that_is_no_folder_is_a_sentence_whatever_the_hub_says(monkeypatch, name):
     assert_refused(name, "python train.py")
 
@@ -152,11 +144,10 @@ def test_shards_load_to_the_same_model_each_tensor_from_the_file_that_the_index_
     assert torch.equal(logits(Mamba.from_pretrained(folder)), logits(model(seed=1)))
 
 def test_weights_in_float64_become_fp32(folder):
-    before = logits(Mamba.from_pretrained(folder))
     tensors(folder, {k: v.double() for k, v in load_file(folder / WEIGHTS).items()})
     again = Mamba.from_pretrained(str(folder))
     assert {p.dtype for p in again.parameters()} == {torch.float32}
-    assert torch.equal(logits(again), before)
+    assert torch.equal(logits(again), logits(model()))
 
 @pytest.mark.parametrize("stored", [[EMBEDDINGS], [EMBEDDINGS, HEAD]])
 def test_a_config_that_does_not_say_so_ties_the_embeddings_as_the_reference_does(folder, stored):
@@ -167,21 +158,12 @@ def test_a_config_that_does_not_say_so_ties_the_embeddings_as_the_reference_does
     assert (again.lm_head.weight == 1).all()
 
 @pytest.mark.parametrize("ids", [(None, None, None), (8, [11, 10], 11), (0, 11, None), (None, [256], 0)])
-@pytest.mark.parametrize("dtype", ["dtype", "torch_dtype"])
-def test_the_ids_of_config_json_are_saved_as_they_were_read(folder, tmp_path, ids, dtype):
+def test_the_ids_of_config_json_are_saved_as_they_were_read_and_the_dtype_as_it_is(folder, ids):
     names = ["bos_token_id", "eos_token_id", "pad_token_id"]
-    config(folder, dict(zip(names, ids)) | {dtype: "float16"})
-    Mamba.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
-    saved = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert tuple(saved[name] for name in names) == ids
-    assert saved["dtype"] == "bfloat16"
-
-# Saving.
-
-def assert_not_saved(folder):
-    with pytest.raises(OSError) as error:
-        model(seed=1).save_pretrained(folder)
-    assert_sentence(str(error.value), folder)
+    config(folder, dict(zip(names, ids)) | {"dtype": "float16", "torch_dtype": "float16"})
+    Mamba.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    assert [saved[name] for name in [*names, "dtype"]] == [*ids, "bfloat16"]
 
 def test_a_full_disk_or_a_place_that_is_no_folder_leaves_the_old_checkpoint_whole_and_no_new_one(folder, tmp_path):
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -189,7 +171,9 @@ def test_a_full_disk_or_a_place_that_is_no_folder_leaves_the_old_checkpoint_whol
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))        # the largest size of a file
     try:
         for place in folder, tmp_path / "new", folder / "config.json", folder / "config.json" / "sub":
-            assert_not_saved(place)
+            with pytest.raises(OSError) as error:
+                model(seed=1).save_pretrained(place)
+            assert_sentence(str(error.value), place)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -5,17 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+import sample
 from mamba import Mamba, MambaConfig
 
 GOLDEN = Path(__file__).parent / "golden"      # by make_golden.py, with transformers
 NEAR = dict(rtol=1e-4, atol=1e-4)
 TINY = dict(vocab_size=101, d_model=16, n_layer=3, d_state=5, d_conv=4, dt_rank=3)
 
-def tiny(seed=0, **changes):
-    torch.manual_seed(seed)
+def tiny(**changes):
+    torch.manual_seed(0)
     model = Mamba(MambaConfig(**TINY | changes)).eval()
     with torch.no_grad():       # no parameter at a value, 0 or 1, that would hide a missing one
         for name, p in model.named_parameters():
@@ -26,14 +30,21 @@ def tiny(seed=0, **changes):
 def draw(*shape, seed=0):
     return torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
 
+def read(model, tokens, cuts):
+    """The logits of tokens that are read in pieces, and the state in the end."""
+    parts, state = [], None
+    for piece in tokens.split(cuts, 1):
+        logits, state = model(piece, state)
+        parts.append(logits)
+    return torch.cat(parts, 1), state
+
 @torch.no_grad()
 @pytest.mark.parametrize("step", [1, 7, 40])
 def test_logits_are_those_that_the_reference_gave_once(step):
     """However many tokens are read at a time. Without any one of the norms of dt, B and C it is off by 2."""
-    model, golden, state = Mamba.from_pretrained(GOLDEN), load_file(GOLDEN / "logits.safetensors"), None
-    for tokens, logits in zip(golden["tokens"].split(step, 1), golden["logits"].split(step, 1)):
-        ours, state = model(tokens, state)
-        assert_close(ours, logits, **NEAR)
+    golden = load_file(GOLDEN / "logits.safetensors")
+    logits, _ = read(Mamba.from_pretrained(GOLDEN), golden["tokens"], step)
+    assert_close(logits, golden["logits"], **NEAR)
 
 def reference(model, folder):
     """The same model as transformers loads it."""
@@ -50,10 +61,12 @@ def test_transformers_loads_what_we_save_and_agrees(tmp_path, changes):
     assert_close(model(x)[0], theirs(x).logits, **NEAR)
     assert theirs.dtype == torch.float32 and reference(model.bfloat16(), tmp_path).dtype == torch.bfloat16
 
-def test_gradients_agree_with_the_reference(tmp_path):
+@pytest.mark.parametrize("cuts", [20, 1])
+def test_gradients_agree_with_the_reference(tmp_path, cuts):
+    """Also through states, which where gradients are wanted no token overwrites."""
     model, x = tiny(), draw(2, 20)
     theirs = reference(model, tmp_path).train()
-    model(x)[0].logsumexp(-1).sum().backward()
+    read(model, x, cuts)[0].logsumexp(-1).sum().backward()
     theirs(x).logits.logsumexp(-1).sum().backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in model.named_parameters():
@@ -61,25 +74,21 @@ def test_gradients_agree_with_the_reference(tmp_path):
         assert_close(p.grad, expected[name], rtol=1e-3, atol=near, msg=name)
 
 @torch.no_grad()
-@pytest.mark.parametrize("cuts", [[1] * 23, [22, 1], [1, 22], [2, 3, 18], [17, 6]])
-def test_reading_in_pieces_is_reading_at_once(cuts):
-    model, x = tiny(), draw(2, 23)
+@pytest.mark.parametrize("cuts", [[1] * 23, [22, 1], [1, 22], [2, 3, 18]])
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "conv_bias": False, "d_conv": 1}])
+def test_reading_in_pieces_is_reading_at_once(cuts, changes):
+    model, x = tiny(**changes), draw(2, 23)
     whole, end = model(x)
-    parts, state = [], None
-    for piece in x.split(cuts, 1):
-        logits, state = model(piece, state)
-        parts.append(logits)
-    assert_close(torch.cat(parts, 1), whole, **NEAR)
+    parts, state = read(model, x, cuts)
+    assert_close(parts, whole, **NEAR)
     assert_close(state.conv + state.ssm, end.conv + end.ssm, **NEAR)
 
 @torch.no_grad()
 def test_unequal_prompts_in_a_batch_equal_each_alone():
     model, prompts = tiny(), [draw(1, n, seed=n) for n in (1, 2, 4, 11)]
     batch = torch.cat([torch.cat([draw(1, 11 - p.shape[1], seed=99), p], 1) for p in prompts])
-    reset = torch.zeros_like(batch, dtype=torch.bool)
-    for row, p in enumerate(prompts):
-        reset[row, 11 - p.shape[1]] = True
-    logits, state = model(batch, reset=reset)
+    first = torch.tensor([[11 - p.shape[1]] for p in prompts])
+    logits, state = model(batch, reset=torch.arange(11) == first)
     after, _ = model(draw(4, 1, seed=7), state)
     for row, p in enumerate(prompts):
         alone, own = model(p)
@@ -89,57 +98,60 @@ def test_unequal_prompts_in_a_batch_equal_each_alone():
 @torch.no_grad()
 def test_packed_documents_do_not_leak():
     model, first, second = tiny(), draw(1, 9), draw(1, 8, seed=1)
-    reset = torch.zeros(1, 17, dtype=torch.bool)
-    reset[0, 9] = True
+    reset = torch.arange(17)[None] == 9
     logits, _ = model(torch.cat([first, second], 1), reset=reset)
     other, _ = model(torch.cat([draw(1, 9, seed=5), second], 1), reset=reset)
     assert torch.equal(logits[:, 9:], other[:, 9:])
     assert_close(logits[:, 9:], model(second)[0], **NEAR)
 
 @torch.no_grad()
-def test_the_state_handed_in_is_left_as_it_was():
+def test_the_state_handed_in_is_left_as_it_was_and_changed_weights_count_at_once():
     model = tiny()
     _, state = model(draw(1, 5))
-    copy = [v.clone() for v in state.conv + state.ssm]
-    model(draw(1, 1), state)
-    model(draw(1, 6), state)
-    assert all(map(torch.equal, state.conv + state.ssm, copy))
+    before = state.copy()
+    for _ in range(2):
+        alone, _ = model(draw(1, 1), state)
+        assert_close(alone, model(draw(1, 6), state)[0][:, :1], **NEAR)
+        assert all(map(torch.equal, state.conv + state.ssm, before.conv + before.ssm))
+        for p in model.parameters():
+            p += 0.3
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_state_of_another_number_of_layers_is_refused(length):
+    models = tiny(n_layer=3), tiny(n_layer=2)
+    for model, other in models, models[::-1]:
+        with pytest.raises(ValueError):
+            model(draw(1, length), other.blank_state(1))
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}])
-def test_saved_and_loaded_is_the_same_bits(tmp_path, changes):
+def test_saved_and_loaded_is_the_same_bits_and_in_bf16_what_is_small_and_exact_stays_fp32(tmp_path, changes):
     model = tiny(**changes)
-    model.save_pretrained(tmp_path / "m")
-    again = Mamba.from_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path)
+    again = Mamba.from_pretrained(tmp_path)
     assert again.config == model.config
-    with torch.no_grad():
-        assert torch.equal(again(draw(1, 9))[0], model(draw(1, 9))[0])
-
-def test_what_is_small_and_exact_stays_fp32_in_bf16(tmp_path):
-    tiny().save_pretrained(tmp_path)
-    model = Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    mixer = model.backbone.layers[0].mixer
-    assert mixer.in_proj.weight.dtype == torch.bfloat16
-    exact = mixer.A_log, mixer.D, mixer.conv1d.weight, mixer.dt_proj.bias
-    assert {p.dtype for p in exact} == {torch.float32}
-    logits, state = model(draw(1, 4))
+    assert torch.equal(again(draw(1, 9))[0], model(draw(1, 9))[0])
+    half = Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    exact = {name for name, p in half.named_parameters() if p.dtype == torch.float32}
+    small = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
+    assert exact == {f"backbone.layers.{i}.mixer.{name}" for i in range(3) for name in small}
+    logits, state = half(draw(1, 4))
     assert logits.dtype == state.ssm[0].dtype == torch.float32
 
-def test_a_state_of_another_number_of_layers_is_refused():
-    deeper, model = tiny(n_layer=3), tiny(n_layer=2)
-    with pytest.raises(ValueError):
-        model(draw(1, 4), deeper.blank_state(1))
-    with pytest.raises(ValueError):
-        deeper(draw(1, 4), model.blank_state(1))
+@torch.no_grad()
+def test_one_token_alone_is_multiplied_without_onednn_and_all_threads_leave_it_as_it_was(monkeypatch):
+    model, mkldnn, linear, seen = tiny(), torch.backends.mkldnn, F.linear, set()
 
-def test_one_token_alone_is_multiplied_without_onednn_and_all_threads_leave_it_as_it_was():
-    mkldnn, model, seen = torch.backends.mkldnn, tiny(), []
-    model.backbone.register_forward_hook(lambda *_: seen.append(mkldnn.enabled))
+    def spy(x, *rest):
+        seen.add((x.shape[:-1].numel() == 1, mkldnn.enabled))
+        return linear(x, *rest)
+    monkeypatch.setattr(F, "linear", spy)
     for on in (False, True):
-        with mkldnn.flags(on, None, None, None), torch.no_grad():
+        with mkldnn.flags(on, None, None, None):
             for x in draw(1, 1), draw(1, 2), draw(2, 1):
                 model(x)
-                assert mkldnn.enabled == on
-    assert seen == [False, False, False, False, True, True]
+            assert mkldnn.enabled == on
+    assert seen == {(True, False), (False, False), (False, True)}
 
     def decode(_):
         with torch.no_grad():
@@ -149,25 +161,65 @@ def test_one_token_alone_is_multiplied_without_onednn_and_all_threads_leave_it_a
         list(pool.map(decode, range(4)))
         assert mkldnn.enabled
 
-def test_the_published_config_with_its_wrong_expand_loads(tmp_path):
+class Recording(TorchDispatchMode):
+    """Stands in for a CUDA graph. What runs below it is noted, and replay() repeats it on the same memory."""
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op is not torch.ops.aten._local_scalar_dense.default, "the graph would wait for the CPU"
+        writes = op._schema.is_mutable
+        out = args[0] if writes else op(*args, **kwargs or {})
+        is_view = any(info.alias_info for info in op._schema.arguments) and not writes
+        if not is_view:
+            self.kernels.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for op, args, kwargs, out in self.kernels:
+            tree_map(lambda old, new: old is new or old.copy_(new), out, op(*args, **kwargs))
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [(0, None, None), (1.0, None, None), (0.7, 9, 0.9)])
+def test_a_step_replayed_from_a_recording_writes_what_steps_write(monkeypatch, how):
+    """With the draw and its checks, on the same memory, and with no word from the CPU."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recording: recording)
+    model = tiny()
+    constants = model.constants()
+
+    def write(record):
+        generator = torch.Generator().manual_seed(0)
+        _, state = model(draw(3, 4))
+        token = draw(3)
+
+        def step(token):
+            logits = model.step(token[:, None], state, constants)
+            return sample.choose(logits[:, 0], *how, generator)
+        next_token = record(step, token, None)
+        for _ in range(6):
+            token = next_token(token)
+            yield token.clone()
+    steps = write(lambda step, *_: step)
+    assert torch.equal(torch.stack([*write(sample.recorded)]), torch.stack([*steps]))
+
+def test_the_published_config_with_its_wrong_expand_is_the_7b_of_7272665088_parameters(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "falcon_mamba", "hidden_size": 4096, "expand": 16,
                                 "intermediate_size": 8192, "num_hidden_layers": 64, "vocab_size": 65024,
                                 "time_step_rank": "auto", "tie_word_embeddings": False}))
     config = MambaConfig.from_json(path)
     assert config == MambaConfig() and (config.d_inner, config.dt_rank) == (8192, 256)
-
-def test_the_7b_has_7272665088_parameters_in_643_tensors():
     with torch.device("meta"):
-        parameters = dict(Mamba(MambaConfig()).named_parameters())
-    assert len(parameters) == 643 and sum(p.numel() for p in parameters.values()) == 7_272_665_088
+        parameters = [*Mamba(config).parameters()]
+    assert len(parameters) == 643 and sum(p.numel() for p in parameters) == 7_272_665_088
 
 def test_fresh_states_fade_at_n_speeds_in_steps_from_a_thousandth_to_a_tenth():
     for name, p in Mamba(MambaConfig(**TINY)).named_parameters():
         if name.endswith("A_log"):
             assert_close(p.exp(), torch.arange(1.0, 6).expand(32, 5))
         if name.endswith("dt_proj.bias"):
-            step = torch.nn.functional.softplus(p)
-            assert 0.999e-3 < step.min() and step.max() < 0.1001
+            assert 0.999e-3 < F.softplus(p).min() and F.softplus(p).max() < 0.1001
         if name.endswith((".D", "norm.weight", "norm_f.weight")):
             assert (p == 1).all()

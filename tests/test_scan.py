@@ -22,15 +22,18 @@ def inputs(seed, b, l, d, n, step=0.0, resets=0.0):
 def part(args, steps):
     return args | {name: args[name][:, steps] for name in TIMED}
 
-def loop(x, dt, A, B, C, D, z, dt_bias, h0, reset):
-    """The definition in float64, one number at a time in spirit: no shared code with scan.py."""
-    delta, h, ys = torch.log1p(torch.exp(dt + dt_bias)), h0, []
+def loop(x, dt, A, B, C, D=0.0, z=None, dt_bias=0.0, h0=None, reset=None):
+    """The definition, one step after the other, for float64. It shares no code with the scans."""
+    delta = torch.log1p(torch.exp(dt + dt_bias))
+    h = x.new_zeros(len(x), *A.shape) if h0 is None else h0
+    ys = []
     for t in range(x.shape[1]):
-        h = torch.where(reset[:, t, None, None], 0.0, h)
+        if reset is not None:
+            h = torch.where(reset[:, t, None, None], 0.0, h)
         decay = torch.exp(torch.einsum("bd,dn->bdn", delta[:, t], A))
         h = decay * h + torch.einsum("bd,bn->bdn", delta[:, t] * x[:, t], B[:, t])
         y = torch.einsum("bdn,bn->bd", h, C[:, t]) + D * x[:, t]
-        ys.append(y * z[:, t] * torch.sigmoid(z[:, t]))
+        ys.append(y if z is None else y * z[:, t] * torch.sigmoid(z[:, t]))
     return torch.stack(ys, 1), h
 
 def with_gradients(scan, args, **options):

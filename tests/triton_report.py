@@ -1,30 +1,31 @@
-"""What the Triton kernels cost, found without a GPU. `python scan_triton.py` prints it.
+"""What a layer costs, found without a GPU. `python scan_triton.py` prints it.
 
-test_scan_triton_compile.py bounds it. Each kernel is compiled ahead of time with the 7B's constants. The
-registers and the machine code are then read back with the cuobjdump and nvdisasm that come in Triton's wheel,
-and the instructions of the inner loop are counted. From these, and from the bytes a kernel must move, follows
-an estimate: the slowest of four resources of an H100 SXM.
+Each kernel of the scan is compiled ahead of time with the 7B's constants. Its registers and its machine code are
+read back with the cuobjdump and nvdisasm that come in Triton's wheel, and the instructions of its inner loop are
+counted. From these, and from the bytes that it must move, follows an estimate: the slowest of four resources of an
+H100 SXM. layer_report.py adds what torch.compile makes of the rest of a layer.
 """
 import functools
 import os
 import re
 import subprocess
 import tempfile
-import weakref
 from unittest import mock
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import scan_triton as st
+from tests import layer_report
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
 SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
+PEAK, PRODUCTS = 989e12, 0.7                # its bf16 FLOP/s, and the part that large products reach: assumed
+FLOPS = 2 * b * l * d * (3 * 4096 + 2 * 256 + 2 * n)        # of the products: d_model is 4096, dt_rank 256
 LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
 # Cycles that a warp by itself takes for an instruction, and beyond that for a shuffle, for a barrier, and for
 # the loads of a block. They are assumed, from what is known of such GPUs.
@@ -69,7 +70,7 @@ def tool(name: str, *args: str) -> str:
 
 @functools.cache
 def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
-    """Registers, stack, spills, shared memory, and the instructions of the inner loop per state update."""
+    """Registers, stack, spills, shared memory, and the instructions of the loop per state update."""
     compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
         names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count",
@@ -79,61 +80,53 @@ def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> di
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name)))
+        usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name))
         code = tool("nvdisasm", "-c", f.name)
-    instructions, loops = parse(code)
-    innermost = [loop for loop in loops if not any(other != loop and other[0] in range(*loop) for other in loops)]
-    longest = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    counted = instructions[slice(*longest)]
+    counted = loop_of(code)
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
     if "step" in label:                     # one step, and no loop
-        counted = instructions
         updates = n
     if "carry" in label:                    # one state a thread; Triton may have unrolled the loop
         updates = counted.count("STG")
-    found = {kind: int(value) for kind, value in usage.items()}
+    found = {kind: int(value) for kind, value in usage}
     found["issue"] = len(counted) / updates
     for kind in ("MUFU", "SHFL", "BAR"):
         found[kind] = counted.count(kind) / updates
     return found
 
-def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions of a disassembly, and the loops: where each begins and ends, a jump back."""
+def loop_of(code: str) -> list[str]:
+    """The instructions of a disassembly's longest loop, which ends in a jump back; all, if it has none."""
     instructions = []
     labels = {}
-    loops = []
+    loop = []
     for line in code.splitlines():
         label = re.match(r"\s*(\.L\w+):", line)
         if label:
             labels[label[1]] = len(instructions)
-        instruction = re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*);", line)
+        instruction = re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*);", line)
         if instruction:
-            name = instruction[1].split(".")[0]
+            instructions.append(instruction[1])
             goal = re.search(r"`\((\.L\w+)\)", instruction[2])
-            start = labels.get(goal[1]) if name == "BRA" and goal else None
-            if start is not None and start < len(instructions):
-                loops.append((start, len(instructions) + 1))
-            instructions.append(name)
-    return instructions, loops
+            if instruction[1] == "BRA" and goal and goal[1] in labels:
+                loop = max(loop, instructions[labels[goal[1]]:], key=len)
+    # At its end a program jumps to its last instruction, for ever.
+    return loop if len(loop) > 1 else instructions
 
-def chunks() -> int:
-    count, chunk, keep = st.cut_time(torch.empty(b, l, d, device="meta"))
-    assert chunk == keep, "forward and backward share their chunks, as the arithmetic below takes for granted"
-    return count
+CHUNKS = triton.cdiv(l, st.CHUNK)
 
 def traffic() -> dict:
     """Bytes each kernel must move to and from HBM. B, C and the like are small, and stay in the caches."""
     row, states = 2 * b * l * d, 4 * b * d * n            # x in bf16; all states at one time, in fp32
     blocks, sums = states * l // st.STEPS, 2 * 4 * b * l * n * triton.cdiv(d, st.CHANNELS)
-    tiles = chunks() * states                             # one tensor of a state a chunk
+    tiles = CHUNKS * states                               # one tensor of a state a chunk
     return {"pass 1: reduce": 2 * row + 2 * tiles, "pass 2: carry": 3 * tiles,
-            "pass 3: scan": 4 * row + 2 * tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
+            "pass 3: scan": 4 * row + tiles, "backward: replay": 5 * row + blocks + 3 * tiles,
             "backward: carry": 3 * tiles, "backward: adjoint": 6 * row + blocks + sums + 2 * tiles,
             "backward: sums": sums + tiles, "one token: step": 2 * states + 4 * d * n + 4 * row // l}
 
 def estimate(label: str, found: dict) -> dict:
     """Milliseconds each resource needs for a layer, at the least; the kernel takes as long as the slowest."""
-    updates = b * d * n * (chunks() if "carry" in label else 1 if "step" in label else l)
+    updates = b * d * n * (CHUNKS if "carry" in label else 1 if "step" in label else l)
     return {"HBM": traffic()[label] / HBM * 1e3} | {
         kind: updates * found.get(kind, 0) / (lanes * SMS * CLOCK) * 1e3 for kind, lanes in LANES.items()}
 
@@ -149,103 +142,49 @@ def waiting(label: str, found: dict) -> float:
     cycles = LOADS / (n * st.STEPS) + sum(wait * found[kind] for kind, wait in WAITS.items())
     return b * l * d * n / 32 * cycles / (SMS * warps(found) * CLOCK) * 1e3
 
-def floors() -> dict[str, dict]:
-    """Milliseconds a forward, and a forward and backward, take of each resource at the least, however made.
-
-    Rows of x, dt, z and y pass once forward, and of x, dt, z, dy, dx, d_dt and dz backward. A state update
-    takes one exp2 and four instructions: delta A, the drive, h and y. The backward, which has no h, repeats
-    three of them and takes nine more: u, dh plus C g, dB, dC, dw, du, dA, d_delta and dh's decay.
-    """
-    row, updates = 2 * b * l * d / HBM * 1e3, b * l * d * n / (SMS * CLOCK) * 1e3
-    return {name: {"HBM": rows * row, "MUFU": exps * updates / LANES["MUFU"],
-                   "issue": instructions * updates / LANES["issue"]}
-            for name, rows, exps, instructions in (("forward", 4, 1, 4), ("forward and backward", 11, 2, 16))}
-
-class Live(TorchDispatchMode):
-    """Counts the bytes that are alive, and their peak, of the tensors made inside."""
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.seen:
-                storage = t.untyped_storage()
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def drop(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
-
 def memory() -> tuple[int, int]:
     """Bytes that the 7B's layer keeps from forward to backward beyond its inputs, and the backward's scratch
-    at its peak, beyond the gradients: measured on meta tensors, which have a size and no data."""
-    def no_launch(*args, **sizes):
-        pass
+    beyond the gradients: what the adjoint is launched with, on meta tensors, which have a size and no data."""
+    given = []
 
-    with Live() as live, torch.device("meta"), mock.patch.object(st, "launch", no_launch):
+    def no_launch(kernel, count, width, *args, **sizes):
+        if kernel is st.adjoint_kernel:
+            given.append(sum(v.nbytes for v in args if v is not None))
+
+    with torch.device("meta"), mock.patch.object(st, "launch", no_launch):
         dy, x, dt, z = (torch.empty(b, l, d, dtype=torch.bfloat16) for _ in range(4))
         B, C = torch.empty(2, b, l, n)
         D, bias = torch.empty(2, d)
-        A = torch.empty(d, n).mT
-        dh = torch.empty(b, d, n).mT
-        kept = torch.empty(b, chunks(), n, d)
-        before = live.now
-        grads = st.scan_backward._init_fn(dy, dh, kept, x, dt, A, B, C, D, bias, z, None)
-        return kept.nbytes, live.peak - before - sum(g.nbytes for g in grads)
+        A = torch.empty(n, d)
+        start = torch.empty(b, CHUNKS, n, d)
+        inputs = x, dt, A, B, C, D, bias, z
+        _, dx, ddt, *_ = st.scan_backward._init_fn(dy, torch.empty(b, n, d), start, *inputs, None)
+        others = sum(v.nbytes for v in (dy, *inputs, dx, ddt))
+        return start.nbytes, max(given) - others
 
 def measured() -> None:
-    """On a GPU: medians of CUDA events over eight sets of inputs, mamba_ssm's kernel beside, if installed."""
-    scans = {"ours": ours}
+    """On a GPU: the scan, timed, and mamba_ssm's kernel beside it, if that is installed."""
+    scans = {"ours": lambda *p: st.selective_scan(*p)[0]}
     try:
-        import mamba_ssm
-        scans["mamba_ssm"] = theirs
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        scans["mamba_ssm"] = lambda x, dt, A, B, C, D, z, dt_bias: selective_scan_fn(
+            x.mT, dt.mT, A, B.mT, C.mT, D, z.mT, dt_bias, True).mT
     except ImportError:
         print("mamba_ssm is not installed: no kernel to compare with")
-    sets = [inputs() for _ in range(8)]
-    for name, scan in scans.items():
-        def both_ways(p):
-            return torch.autograd.grad(scan(*p), p, torch.ones_like(p[0]))
-
-        with torch.no_grad():
-            took = {"forward": median(lambda p: scan(*p), sets)}
-        took["forward and backward"] = median(both_ways, sets)
-        for way, ms in took.items():
-            print(f"measured on {torch.cuda.get_device_name()}, {name}: {way} {ms:.2f} ms "
-                  f"({max(floors()[way].values()) / ms:.0%} of an H100's floor)")
-
-def inputs() -> list[torch.Tensor]:
-    """x, dt, A, B, C, D, z and dt_bias of a layer."""
     x, dt, z = torch.randn(3, b, l, d, device="cuda", dtype=torch.bfloat16)
     B, C = torch.randn(2, b, l, n, device="cuda", dtype=torch.bfloat16)
     A = -torch.arange(1.0, n + 1, device="cuda").repeat(d, 1)
     D = torch.ones(d, device="cuda")
-    return [v.clone().requires_grad_() for v in (x, dt, A, B, C, D, z, D - 5)]
+    inputs = [v.clone().requires_grad_() for v in (x, dt, A, B, C, D, z, D - 5)]
+    for name, scan in scans.items():
+        def both_ways():
+            torch.autograd.grad(scan(*inputs), inputs, torch.ones_like(x))
 
-def ours(*p):
-    return st.selective_scan(*p)[0]
-
-def theirs(x, dt, A, B, C, D, z, dt_bias):
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    y = selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT, D, z.mT, dt_bias, True)
-    return y.mT
-
-def median(run, sets: list) -> float:
-    times = []
-    for p in sets[:2] + sets:                 # the first two warm up
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(p)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[2:])[len(sets) // 2]
+        with torch.no_grad():
+            took = {"forward": triton.testing.do_bench(lambda: scan(*inputs), return_mode="median")}
+        took["forward and backward"] = triton.testing.do_bench(both_ways, return_mode="median")
+        for way, ms in took.items():
+            print(f"measured on {torch.cuda.get_device_name()}, {name}: {way} {ms:.2f} ms")
 
 def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
     """Estimated milliseconds of a layer's forward and of its backward."""
@@ -259,43 +198,82 @@ def total(reset: bool = False, waits: bool = False) -> dict[str, float]:
             ms["backward" if "backward" in label else "forward"] += slowest
     return ms
 
-def main() -> None:
-    if not isinstance(st.scan_kernel, triton.JITFunction):
-        raise SystemExit("the report compiles the kernels, which Triton's interpreter does not: unset "
-                         "TRITON_INTERPRET, which is 1")
-    print(f"One layer of the 7B, (b, l, d, n) = {SIZES}, in {chunks()} chunks, Triton {triton.__version__}.\n"
-          f"upd = state update: there are {b * l * d * n / 1e9:.2f} G, for a carry one a chunk, for a token "
-          "one. Estimates, not measurements:\nthe ms each resource of an H100 SXM needs at least; * is the "
-          "slowest. Beside them, how many warps fit on an\nSM by registers, and the ms of so many if a warp "
-          f"takes {WAITS['issue']} cycles an instruction, {WAITS['SHFL']} more a shuffle,\n{WAITS['BAR']} a "
-          f"barrier, and waits {LOADS} for the loads of a block.\n")
+def layer(resets: bool = False) -> dict[str, dict]:
+    """What a whole layer takes: ms of its matrix products, of its scan, and of the rest as inductor makes it."""
+    scan = total(resets)
+    waits = total(resets, waits=True)
+    inference = layer_report.kernels(b, l, False, resets)
+    training = layer_report.kernels(b, l, True, resets)
+    # At the least, the forward moves 6 rows. RMSNorm reads the stream in fp32, and writes half a row. The
+    # convolution reads a row and writes one. The last sum reads half a row and the stream, and writes the stream.
+    # The backward moves 9. The stream's gradient is rounded: 1.5. The convolution reads x and two gradients and
+    # writes one. RMSNorm reads half a row, the stream and its gradient, and writes a gradient.
+    passes = {"forward, inference": (1, "forward", inference["forward"], 6),
+              "forward, training": (1, "forward", training["forward"], 6),
+              "backward": (2, "backward", training["backward"], 9)}
+    return {name: {"products": products * FLOPS / (PRODUCTS * PEAK) * 1e3, "scan": scan[way],
+                   "waits": waits[way] - scan[way], "rest": sum(sizes) / HBM * 1e3, "kernels": len(sizes),
+                   "GB": sum(sizes) / 1e9, "floor GB": rows * 2 * b * l * d / 1e9}
+            for name, (products, way, sizes, rows) in passes.items()}
+
+def print_layer() -> None:
+    print(f"\nThe whole layer. Its matrix products reach {PRODUCTS:.0%} of {PEAK / 1e12:.0f} TFLOP/s, which is assumed. "
+          f"The rest is what inductor of torch\n{torch.__version__} makes of mamba.py's block for an H100, from the "
+          "groups of operations that it fuses: their bytes at 3.35 TB/s.")
+    parts = layer()
+    ms = {}
+    for name, part in parts.items():
+        ms[name] = part["products"] + part["scan"] + part["rest"]
+        print(f"{name:18} products {part['products']:.2f} ms, scan {part['scan']:.2f}, rest {part['rest']:.2f}: "
+              f"{ms[name]:.2f} ms; in the rest {part['kernels']} kernels and {part['GB']:.2f} GB "
+              f"(at least {part['floor GB']:.2f})")
+    waits = parts["backward"]["waits"]
+    needed = (3 * FLOPS + 24 * b * l * d * n) / PEAK * 1e3      # without what is computed again
+    for name, forwards in ("forward and backward", 1), ("the same with --checkpoint-activations", 2):
+        both = forwards * ms["forward, training"] + ms["backward"]
+        print(f"{name}: {both:.1f} ms, or {both + waits:.1f} with waits: {needed / both:.0%} of the peak, or "
+              f"{needed / (both + waits):.0%}")
+    print("Not in it: the head, the optimizer, and the network.")
+
+def print_kernels() -> None:
+    print(f"The scan of one layer of the 7B, (b, l, d, n) = {SIZES}, in {CHUNKS} chunks, Triton "
+          f"{triton.__version__}.\nupd = state update: there are {b * l * d * n / 1e9:.2f} G, for a carry one a "
+          "chunk, for a token one. Estimates, not measurements:\nthe ms each resource of an H100 SXM needs at "
+          "least; * is the slowest. Beside them, how many warps fit on an\nSM by registers, and the ms of so many "
+          f"if a warp takes {WAITS['issue']} cycles an instruction, {WAITS['SHFL']} more a shuffle,\n"
+          f"{WAITS['BAR']} a barrier, and waits {LOADS} for the loads of a block.\n")
     print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
           f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6} {'warps':>5} {'waits':>5}")
-    for label in (*KERNELS, "backward: sums"):
-        for target in TARGETS if label in KERNELS else ("sm_90",):
-            found = count(label, target) if label in KERNELS else {}
-            widths = dict(REG=4, STACK=5, LOCAL=5, SHARED=6).items()
-            line = f"{label:18} {target:7} " + " ".join(f"{found.get(k, '-'):>{w}}" for k, w in widths)
-            line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}" if "issue" in found else " " * 19
+    for label in KERNELS:
+        for target in TARGETS:
+            found = count(label, target)
+            line = f"{label:18} {target:7} {found['REG']:4} {found['STACK']:5} {found['LOCAL']:5} {found['SHARED']:6}"
+            if "issue" in found:
+                line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
             if target == "sm_90":
                 ms = estimate(label, found)
-                line += f" {traffic()[label] / 1e6:6.0f}" + "".join(
-                    f" {ms[k]:5.2f}{'*' if ms[k] == max(ms.values()) else ' '}"
-                    for k in ("HBM", "MUFU", "issue", "SHFL"))
-                if "REG" in found:
-                    line += f" {warps(found):5} {waiting(label, found):5.2f}"
-            print(line.rstrip())
-    print()
+                line += f" {traffic()[label] / 1e6:6.0f}"
+                for kind in "HBM", "MUFU", "issue", "SHFL":
+                    line += f" {ms[kind]:5.2f}{'*' if ms[kind] == max(ms.values()) else ' '}"
+                line += f" {warps(found):5} {waiting(label, found):5.2f}"
+            print(line)
+    sums = "backward: sums"
+    print(f"{sums:67} {traffic()[sums] / 1e6:6.0f} {estimate(sums, {})['HBM']:5.2f}*\n")
     for name, reset, waits in (("estimated", False, False), ("with resets", True, False),
                                ("with waits", False, True)):
         ms = total(reset, waits)
         print(f"{name}: forward {ms['forward']:.2f} ms, backward {ms['backward']:.2f} ms, "
               f"both {sum(ms.values()):.2f} ms")
-    for way, ms in floors().items():
-        print(f"floors of a {way}: " + ", ".join(f"{kind} {value:.2f} ms" for kind, value in ms.items()))
     kept, scratch = memory()
     print(f"kept for the backward beyond the inputs: {kept / 1e6:.1f} MB ({kept / (2 * b * l * d):.3f} of x "
           f"in bf16); scratch of a backward: {scratch / 1e6:.0f} MB")
+
+def main() -> None:
+    if not isinstance(st.scan_kernel, triton.JITFunction):
+        raise SystemExit("the report compiles the kernels, which Triton's interpreter does not: unset "
+                         "TRITON_INTERPRET, which is 1")
+    print_kernels()
+    print_layer()
     if torch.cuda.is_available():
         measured()
     else:
