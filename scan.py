@@ -54,9 +54,9 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
 
 # Second, the tree. Two steps in a row are one step of the same form:
 #     a2 (a1 h + b1) + b2 = (a2 a1) h + (a2 b1 + b2)
-# Merging is associative. So one parallel step merges all pairs, which halves the sequence, and
-# log2(l) of these merge it all. As many go back: of five steps, (0 1) and (2 3), merged, give h_1
-# and h_3, and these h_2 and h_4. scan_triton.py merges chunks, but the CPU's chunks below do not.
+# One parallel step merges all pairs, which halves the sequence, and log2(l) of these merge it all.
+# As many go back: of five steps, (0 1) and (2 3), merged, give h_1 and h_3, and these h_2 and h_4.
+# scan_triton.py merges chunks of steps. The CPU's chunks, below, are not merged.
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """O(l) work in 2 log2(l) parallel steps. Holds a few times (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
@@ -222,19 +222,20 @@ def default_backend(device: torch.device, l: int) -> str:
         return "triton"
     return "naive" if l == 1 else "chunked"
 
-def check(x, A, **others) -> None:
+def check(**given) -> None:
     """ValueError for arguments of a wrong shape or kind."""
+    x, A = given["x"], given["A"]
     if x.dim() != 3 or x.shape[1] == 0 or A.dim() != 2:
         raise ValueError(f"x is {[*x.shape]} and A {[*A.shape]}, not [b, l > 0, d] and [d, n]")
     b, l, d = x.shape
     n = A.shape[1]
     needed = {"x": [b, l, d], "dt": [b, l, d], "A": [d, n], "B": [b, l, n], "C": [b, l, n],
               "D": [d], "z": [b, l, d], "dt_bias": [d], "h0": [b, d, n], "reset": [b, l]}
-    given = {name: v for name, v in others.items() if v is not None}
-    for name, v in {"x": x, "A": A, **given}.items():
+    for name, v in given.items():
+        if v is None:
+            continue
         kind = "bool" if name == "reset" else "float"
-        is_kind = v.dtype == torch.bool if name == "reset" else v.is_floating_point()
-        if [*v.shape] != needed[name] or not is_kind:
+        if [*v.shape] != needed[name] or kind not in str(v.dtype):
             raise ValueError(f"{name} is {[*v.shape]} of {v.dtype}, but must be "
                              f"{needed[name]} of {kind}")
 
@@ -244,12 +245,14 @@ if __name__ == "__main__":
     inputs = [torch.randn(size) for size in sizes]
     inputs[2] = -inputs[2].abs()                                     # A
     print(f"{(b, l, d, n) = }: one run each, forward and backward; largest error of a gradient")
-    for name, dtype in [("naive", torch.float64), *((name, torch.float32) for name in BACKENDS)]:
+    runs = [("naive", torch.float64)] + [(name, torch.float32) for name in BACKENDS]
+    for name, dtype in runs:
         leaves = [v.to(dtype).requires_grad_() for v in inputs]
         start = time.perf_counter()
         y, h = BACKENDS[name](*leaves, None)
         gradients = torch.autograd.grad(y.square().sum() + h.square().sum(), leaves)
         ms = 1e3 * (time.perf_counter() - start)
-        exact = gradients if dtype == torch.float64 else exact
+        if dtype == torch.float64:
+            exact = gradients
         errors = [(v - e).abs().max() / e.abs().max() for v, e in zip(gradients, exact)]
         print(f"{name:10}{str(dtype):16}{ms:8.1f} ms{max(errors).item():12.1e}")

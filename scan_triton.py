@@ -4,8 +4,9 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A Triton program (a CUDA block) is one warp here: 32 threads in lockstep. Each thread holds the n
-states of one channel in registers and walks through time. So no (b, l, d, n) ever lies in memory.
+A kernel is run by many programs. A program (a CUDA block) is one warp here: 32 threads in lockstep.
+Each holds the n states of one channel in registers and walks through time. So no (b, l, d, n) ever
+lies in memory.
 
 One sequence of the 7B has 8192 channels, or 256 warps. An H100 has room for more than 2000. So
 time is cut into chunks, and all chunks are walked at once. That is possible because a chunk does
@@ -16,9 +17,9 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
     pass 3   scan_kernel     every chunk at once, from that state: y
 
 The backward does the same to dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel.
-One token takes step_kernel.
-`python scan_triton.py` compiles them all, with or without a GPU. It prints their registers, which
-limit how many warps fit, and their time on an H100, estimated and never measured. Next: mamba.py.
+One token takes step_kernel. `python scan_triton.py` compiles them all, with or without a GPU. It
+prints their registers, which limit how many warps fit, and their time on an H100, and that of a
+whole layer: estimated, and never measured. Next: mamba.py.
 
 Sizes: b batch, l length, d channels, n states of a channel.
 """
@@ -33,8 +34,8 @@ except ImportError:
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
 CHUNK = 128             # steps: after so many, a state is a quarter of what x takes in bf16
-STEPS = 4               # a block of them is loaded at once, before the first is computed
-SCRATCH = 500 << 20     # bytes: the backward takes as many chunks at a time as fit in here
+STEPS = 4               # a block of so many is loaded at once, before the first is computed
+SCRATCH = 400 << 20     # bytes: the backward takes chunks whose states fit in here at a time
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
@@ -45,7 +46,9 @@ LENGTHS = ["l", "since", "chunk", "chunks"]
 STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
-# What the kernels share.
+# What the kernels share. tl.load(ptr + at, mask, other) reads the numbers at the offsets `at`, or
+# takes `other` where the mask is false. A constexpr is known when a kernel is compiled. A
+# tl.static_range is unrolled then, and a tuple that grows in it lies in registers.
 @triton.jit
 def softplus(v):
     # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. Triton
@@ -104,7 +107,7 @@ def load_forget(ptr, at, mask):
 
 @triton.jit
 def advance(h, x, dt, A2, B, forget):
-    # The recurrence, with A2 = A log2(e), of a step: the next h, (n, CHANNELS), and exp(delta A).
+    # A step of the recurrence: the next h, (n, CHANNELS), and exp(delta A). A2 is A log2(e).
     delta = softplus(dt)
     fade = tl.exp2(delta[None, :] * A2 + forget)
     return fade * h + (delta * x)[None, :] * B[:, None], fade
@@ -216,10 +219,12 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}
 # To run h backwards would be to divide by decays. So h is computed again, from the state that
-# enters the chunk, which the forward kept. At its start a chunk hands on exp(u_t) dh_t of its first
-# t. Written out, that is decay times what entered at its end, plus its local: the sum over t of
-# (the exp(u) from its start to t, multiplied) C_t ds_t. This sum needs no dh, and so pass 1 can
-# take it forwards in time, together with h.
+# enters the chunk, which the forward kept. Of dh, a chunk hands e_1 dh_1 on to the chunk before it,
+# if its steps are 1, 2, ... and e_t is exp(u_t). For three steps that is
+#     e_1 (C_1 ds_1 + e_2 (C_2 ds_2 + e_3 (C_3 ds_3 + what enters at the end)))
+#     = (e_1 C_1 ds_1 + e_1 e_2 C_2 ds_2 + e_1 e_2 e_3 C_3 ds_3) + e_1 e_2 e_3 (what enters)
+# The first bracket is the chunk's local, and e_1 e_2 e_3 its decay. No term of it needs a later
+# step. So pass 1 adds them up forwards in time, in the walk that computes h.
 
 # Pass 1:   h = the state that enters the chunk,   local = 0,   decay = 1
 #           for t in the chunk:
@@ -227,7 +232,7 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 #               dz_t = dy_t s_t SiLU'(z_t)      here, because it needs h and no dh
 #               decay = decay exp(u_t)
 #               local = local + decay C_t ds_t
-# Pass 3 takes blocks from the last to the first. So the h that enters each block is stored.
+# The h that enters each block is stored, because pass 3 takes blocks from the last to the first.
 @thread_per_channel
 def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
                   start_ptr,        # (b, chunks, n, d): what enters each chunk
@@ -397,9 +402,8 @@ def scan_backward(dy, dh, start, *inputs):
     for total in (dA, dD, dbias):
         total.zero_()
     b, chunks, n, d = start.shape
-    blocks_bytes = 4 * b * (CHUNK // block_steps(n)) * n * d
-    sums_bytes = 4 * b * CHUNK * triton.cdiv(d, CHANNELS) * n * 2
-    at_once = max(1, SCRATCH // max(1, blocks_bytes + sums_bytes))
+    chunk_bytes = 4 * b * n * d * CHUNK // block_steps(n)       # of the states that enter blocks
+    at_once = max(1, SCRATCH // max(1, chunk_bytes))
     for k in reversed(range(0, chunks, at_once)):
         backward_chunks(k * CHUNK, start[:, k:k + at_once].contiguous(), dy, inputs, grads)
     return grads
