@@ -19,7 +19,9 @@ import train
 def selection_without(parts: list[str]):
     """mamba.py's Mixer.selection, without the norms of these parts."""
     def selection(self, x):
-        found = dict(zip(["dt", "B", "C"], self.x_proj(x).split(self.split, dim=-1)))
+        r, n = self.widths
+        dt, B, C = self.x_proj(x).split([r, n, n], dim=-1)
+        found = {"dt": dt, "B": B, "C": C}
         for name, v in found.items():
             if name not in parts:
                 found[name] = F.rms_norm(v, v.shape[-1:], eps=self.eps)
