@@ -94,7 +94,7 @@ UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
          torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
 NO_UNITS = [dtype for dtype, names in UNITS.items()
             if not any(torch.cpu.get_capabilities().get(name) for name in names)]
-WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 it took 2.4 times as long
+WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 2.4 times as slow
 FUSE_BELOW = 2**19  # numbers in a weight: torch.compile then made the 190M write 5 % faster
 ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
 
@@ -263,7 +263,7 @@ class Mamba(nn.Module):
     def step(self, token: Tensor, state: State, constants: list) -> Tensor:
         """Logits (b, 1, vocab_size) after one token a text, (b, 1). Overwrites the state.
 
-        For inference only. `constants` are those of constants(), made after the weights' last change.
+        For inference. `constants` are those of constants(), made since the weights last changed.
         """
         # For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product. All
         # threads share its switch, so only a call that turned it off turns it on.
@@ -395,7 +395,7 @@ class Int4Linear(nn.Module):
     bf16 and are made for few tokens. Those for CUDA are untried.
     """
     GROUP = 32
-    UNPACK_FROM = 96        # tokens: a CPU's kernel is slower from here on than unpack and a product
+    UNPACK_FROM = 96    # tokens: a CPU's kernel is slower from here on than unpack and a product
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -442,10 +442,10 @@ def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, Int4Linear.GROUP, levels)
 
 def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
-    """Some rows of a weight, as a matrix (in, rows) in bf16: what a CPU's kernel makes of the identity.
+    """Some rows of a weight, (in, rows) in bf16: what a CPU's kernel makes of the identity.
 
-    The kernel takes a block of rows at a time, and in it group after group. So each group of a block
-    can pass for a weight of 32 inputs, and an identity of that size serves for all.
+    A weight is packed block of rows by block, and a block group by group. So each group of a block
+    can pass for a weight of 32 inputs, and one identity of that size serves for all.
     """
     groups, size = len(levels), Int4Linear.GROUP
     levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)

@@ -62,7 +62,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     stops_there = stops.to(tokens.device)
     constants = model.constants()
 
-    def step(token):    # (b,) -> the next one, or the same if it ends its text; overwrites the state
+    def step(token):    # (b,) -> the next, or the same if it ends its text; overwrites the state
         logits = model.step(token[:, None], state, constants)   # (b, 1, vocab_size)
         chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
         ended = (token[:, None] == stops_there).any(-1)
@@ -124,9 +124,10 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:
         likelier = probs.cumsum(-1) - probs                     # what all likelier tokens hold
         probs = probs.masked_fill(likelier >= top_p, 0)
-    # With each E_i drawn from Exp(1), p_i / E_i is the largest with probability p_i. This is how
+    # With each time E_i drawn from Exp(1), p_i / E_i is the largest with probability p_i. This is how
     # torch.multinomial draws, but that waits for the GPU, which a recorded graph cannot.
-    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    times = torch.empty_like(probs).exponential_(generator=generator)
+    drawn = (probs / times).argmax(-1, keepdim=True)            # (b, 1)
     drawn = drawn if tokens is None else tokens.gather(-1, drawn)
     return torch.where(finite, drawn[:, 0], -1)
 
@@ -257,10 +258,10 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
 # The command line.
 
 def compile_blocks() -> None:
-    """Let torch.compile fuse what a block does to one token, and on a GPU to a whole piece of a prompt.
+    """Let torch.compile fuse what a block does to one token, and on a GPU to a prompt's pieces.
 
-    Compiled code takes a block's weights as arguments, so one serves all layers. Before each call it
-    checks, in 0.015 ms, that shapes and types are those it was made for. Others are compiled anew.
+    Compiled code takes a block's weights as arguments, so one serves all layers. Before each call
+    it checks, in 0.01 ms, that shapes and types are those it was made for, or compiles anew.
     """
     Block.step = torch.compile(Block.step, dynamic=False)
     eager = Block.forward
