@@ -124,7 +124,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:
         likelier = probs.cumsum(-1) - probs                     # what all likelier tokens hold
         probs = probs.masked_fill(likelier >= top_p, 0)
-    # With each time E_i drawn from Exp(1), p_i / E_i is the largest with probability p_i. This is how
+    # With times E_i drawn from Exp(1), p_i / E_i is the largest with probability p_i. This is how
     # torch.multinomial draws, but that waits for the GPU, which a recorded graph cannot.
     times = torch.empty_like(probs).exponential_(generator=generator)
     drawn = (probs / times).argmax(-1, keepdim=True)            # (b, 1)
