@@ -418,8 +418,9 @@ class Int4Linear(nn.Module):
             y = multiply(rows.bfloat16().contiguous(), self.packed, self.levels)
         else:
             rows = rows.float() if x.dtype in NO_UNITS else rows
-            pieces = zip(self.packed.split(ROWS), self.levels.to(rows.dtype).split(ROWS, dim=1))
-            y = torch.cat([rows @ unpack(*piece, block_size()) for piece in pieces], dim=1)
+            pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
+            weights = (unpack(*piece, block_size()).to(rows.dtype) for piece in pieces)
+            y = torch.cat([rows @ weight for weight in weights], dim=1)
         y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
@@ -436,14 +437,14 @@ def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, Int4Linear.GROUP, levels)
 
 def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
-    """Some rows of a weight, as a matrix (in, rows): what a CPU's kernel makes of the identity.
+    """Some rows of a weight, as a matrix (in, rows) in bf16: what a CPU's kernel makes of the identity.
 
     The kernel takes a block of rows at a time, and in it group after group. So each group of a block
     can pass for a weight of 32 inputs, and an identity of that size serves for all.
     """
     groups, size = len(levels), Int4Linear.GROUP
     levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
-    identity = torch.eye(size, dtype=levels.dtype)
+    identity = torch.eye(size, dtype=torch.bfloat16)
     weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
     weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)       # (g, 32, blocks, block)
     return weight.reshape(groups * size, -1)
@@ -452,9 +453,9 @@ def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
 def block_size() -> int:
     """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
     codes = torch.arange(64 * 64).view(64, 64) // 5 % 16
-    levels = torch.tensor([1.0, 8.0]).repeat(2, 64, 1)              # a weight is its code
+    levels = torch.tensor([1, 8]).bfloat16().repeat(2, 64, 1)       # a weight is its code
     for block in 64, 32, 16:
-        if torch.equal(unpack(pack(codes), levels, block), codes.mT.float()):
+        if torch.equal(unpack(pack(codes), levels, block), codes.mT.bfloat16()):
             return block
     return 0
 
