@@ -8,19 +8,18 @@ A kernel is run by many programs. A program is one warp here: 32 threads in lock
 holds the n numbers of one channel's state in registers and walks through time. So no (b, l, d, n)
 ever lies in memory.
 
-One sequence of the 7B has 8192 channels, or 256 warps. These kernels' registers let 1000 to 3000
-warps run on an H100. So time is cut into chunks, and all chunks are walked at once. That is possible because
-a chunk does only one thing to the state that enters it, h_end = decay * h_start + local:
+One sequence of the 7B has 8192 channels, or 256 warps. An H100 has registers for 1000 to 3000. So
+time is cut into chunks, and all chunks are walked at once. That is possible because a chunk does
+only one thing to the state that enters it, h_end = decay * h_start + local:
 
     pass 1   reduce_kernel   every chunk at once, from h = 0: its decay and its local
     pass 2   carry_kernel    chunk after chunk: the state that enters each
     pass 3   scan_kernel     every chunk at once, from that state: y
 
 The backward does the same to dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel.
-A sequence of a single chunk takes all three launches too. Only scan.step, for one token in decoding,
-takes one: step_kernel.
+A single chunk takes three launches too. Only scan.step, for one token, takes one: step_kernel.
 
-`python scan_triton.py` compiles them all, with or without a GPU. It prints their registers, and
+`python scan_triton.py` compiles them all, with or without a GPU. It prints their registers and
 their time on an H100, and that of a whole layer: estimated, and never measured. Next: mamba.py.
 
 Sizes: b batch, l length, d channels, n numbers of state a channel.
@@ -35,9 +34,9 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHUNK = 128             # steps; the states kept (16 x 4 bytes) are then a quarter of x (128 x 2 bytes)
+CHUNK = 128             # steps; the states kept are then a quarter of x: 16 x 4 bytes of 128 x 2
 STEPS = 4               # a block of so many is loaded at once, before the first is computed
-SCRATCH = 400 << 20     # bytes of the states in all chunks that the backward takes at a time
+SCRATCH = 400 << 20     # bytes: the states of all chunks that the backward takes at a time
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
@@ -67,8 +66,8 @@ def find_chunk(l, first, chunk, chunks, d):
 
 @triton.jit
 def find_channels(d, n):
-    # c: the program's channels. i: the n numbers, padded to a power of 2. tile: where (i, c) lies in
-    # a tensor (n, d). inside: which of them exist. Neighbouring threads read neighbouring channels.
+    # c: the program's channels. i: the n numbers, padded to a power of 2. tile: where they lie in a
+    # tensor (n, d). inside: which exist. In this order, neighbouring threads read neighbours.
     c = tl.program_id(0) % tl.cdiv(d, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
     i = tl.arange(0, triton.next_power_of_2(n))
     tile = i[:, None] * d + c[None, :]
@@ -83,20 +82,21 @@ def load(ptr, at, mask, other=0.0):
 def load_rows(ptr, row, rest, c, d, BLOCK, other=0.0):
     # A block of a tensor (b, l, d), if it is not None. A row is one step of one sequence. `rest` is
     # how many are left of the chunk. For dt `other` is -inf: past the end come steps of no time.
+    # The mask is (j < rest) & (c < d), which Triton's interpreter gets wrong in this form.
     rows = ()
     if ptr is not None:
         for j in tl.static_range(BLOCK):
-            rows += (load(ptr, (row + j) * d + c, (j < rest) & (c < d), other),)
+            rows += (load(ptr, (row + j) * d + c, j < tl.where(c < d, rest, 0), other),)
     return rows
 
 @triton.jit
 def store_rows(ptr, rows, row, rest, c, d, BLOCK):
     for j in tl.static_range(BLOCK):
-        tl.store(ptr + (row + j) * d + c, rows[j], (j < rest) & (c < d))
+        tl.store(ptr + (row + j) * d + c, rows[j], j < tl.where(c < d, rest, 0))
 
 @triton.jit
 def load_BC(ptr, row, j, rest, i, n):
-    # Step j of a block of (b, l, n). Past the end it is the last row again, where delta x and ds are 0.
+    # Step j of a block of (b, l, n). Past the end, where delta x and ds are 0, the last row again.
     return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
 
 @triton.jit
@@ -114,10 +114,10 @@ def advance(h, x, dt, A2, B, forget):
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
 # bool. z and reset may be None. BLOCK is the steps of a block.
 
-# Triton compiles a kernel again for a size that is 1 and for one that 16 divides. Not for these.
+# Triton compiles a kernel again for a size of 1, and for sizes that 16 divides. Not for these.
 LENGTHS = ["l", "first", "chunk", "chunks"]
-# From an address that 16 divides, Triton loads 4 neighbouring channels into a thread. Then a channel
-# lies in 4 threads, and each sum over n passes between them. Unknown, a thread has one channel.
+# Where 16 divides an address, Triton loads 4 neighbouring channels into a thread. Then a channel
+# lies in 4 threads, and each sum over n passes between them. Not told, a thread gets one channel.
 STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
@@ -225,8 +225,8 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}
 # To run h backwards would be to divide by decays, which are nearly 0, or 0 at a reset. So h is
-# computed again, from the state that enters the chunk, which the forward kept. Number the steps of a
-# chunk 1, 2, 3 and let e_t = exp(u_t). To the chunk before it, it hands e_1 dh_1, which is
+# computed again, from the state that enters the chunk, which the forward kept.
+# Number a chunk's steps 1, 2, 3 and let e_t be exp(u_t). It hands e_1 dh_1 to the chunk before it:
 #     e_1 (C_1 ds_1 + e_2 (C_2 ds_2 + e_3 (C_3 ds_3 + what enters at the end)))
 #     = (e_1 C_1 ds_1 + e_1 e_2 C_2 ds_2 + e_1 e_2 e_3 C_3 ds_3) + e_1 e_2 e_3 (what enters)
 # No term of the first bracket needs a later step. So pass 1 adds them up forwards in time, in the
@@ -332,8 +332,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, r
         for j in tl.static_range(BLOCK - 1, -1, -1):
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
-            # It is 0 past the end without this mask. But the mask keeps the compiler from saving all
-            # `fade` of above for this loop's last line, which takes too many registers.
+            # Past the end it is 0 anyway. But this mask keeps the compiler from saving each `fade`
+            # from above for this loop's last line, which takes too many registers.
             delta = tl.where(j < rest, softplus(dts[j] + bias), 0.0)
             w = delta * xs[j]
             ds = dys[j]
@@ -348,11 +348,11 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, r
             du = dh * faded[j]
             dA += du * delta[None, :]
             dw = tl.sum(dh * B[:, None], 0)
-            ddelta = dw * xs[j] + tl.sum(du * A2, 0) / LOG2E      # A2 / LOG2E is A
+            ddelta = dw * xs[j] + tl.sum(du * A2, 0) / LOG2E    # A2 / LOG2E is A
             ddt = ddelta * tl.sigmoid(dts[j] + bias)
             dD += xs[j] * ds
             dbias += ddt
-            exists = (j < rest) & (c < d)
+            exists = j < tl.where(c < d, rest, 0)
             tl.store(dx_ptr + (row + j) * d + c, delta * dw + D * ds, exists)
             tl.store(ddt_ptr + (row + j) * d + c, ddt, exists)
             forget = load_forget(reset_ptr, row + j, j < rest)
@@ -459,22 +459,21 @@ scan.register_autograd(backward, setup_context=setup_context)
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",),
                          schema=f"(Tensor(a!) h, {INPUTS}) -> Tensor")
-def step(h, *inputs):
+def step(h, x, *inputs):
     """One token: returns y (b, 1, d) and overwrites the state h, (b, d, n). Here A is (d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
     b, d, n = h.shape
-    inputs = contiguous(*inputs)
-    y = inputs[0].new_empty(inputs[0].shape)
-    launch(step_kernel, b, d, *inputs, h, y, d=d, n=n)
+    x, *inputs = contiguous(x, *inputs)
+    y = x.new_empty(x.shape)
+    launch(step_kernel, b, d, x, *inputs, h, y, d=d, n=n)
     return y
 
 step.register_fake(lambda h, x, *_: x.new_empty(x.shape))
 
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, reset) -> tuple[Tensor, Tensor]:
     """scan.selective_scan on a GPU. Only z and reset may be None."""
-    interpreted = not isinstance(scan_kernel, triton.JITFunction)
-    if not x.is_cuda and not interpreted:
+    if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):   # and not interpreted
         raise ValueError(f"the Triton scan needs CUDA tensors and x is on {x.device}: use "
                          'backend="auto", or set TRITON_INTERPRET=1 before Python starts (slow)')
     A, B, C, D, dt_bias, h0 = (v.float() for v in (A, B, C, D, dt_bias, h0))
