@@ -69,12 +69,12 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         return torch.where(ended, token, chosen)
 
     for i in range(max_new_tokens):
-        if i == 0:      # not a step: a document may start here, and a prompt's token ends nothing
+        if i == 0:      # by model(), because a document may start here, and a prompt does not end
             starts = None if reset is None else reset[:, last:]
             logits, state = model(tokens[:, last:], state, starts)
             token = choose(logits[:, 0], temperature, top_k, top_p, generator)
         else:
-            if i == 2 and tokens.is_cuda:       # the first step has compiled all that it needs
+            if i == 2 and tokens.is_cuda:       # after a step that has compiled all it needs
                 step = recorded(step, token, generator)
             token = step(token)
         made = token.cpu()                      # the only wait for a GPU
@@ -84,7 +84,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         yield made
         if torch.isin(made, stops).all() or (interrupted and interrupted.is_set()):
             break
-    with torch.inference_mode(False):   # what that mode makes cannot be trained through; copies can
+    with torch.inference_mode(False):   # autograd takes no tensor of that mode, but takes its copy
         return state.copy()
 
 def recorded(step: Callable, token: Tensor, generator: torch.Generator | None) -> Callable:
@@ -124,8 +124,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:
         likelier = probs.cumsum(-1) - probs                     # what all likelier tokens hold
         probs = probs.masked_fill(likelier >= top_p, 0)
-    # The least of exponential times at these rates is each one's with its probability. That is
-    # what torch.multinomial does, but it waits for the GPU, which a recorded graph cannot.
+    # With each E_i drawn from Exp(1), p_i / E_i is the largest with probability p_i. This is how
+    # torch.multinomial draws, but that waits for the GPU, which a recorded graph cannot.
     drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
     drawn = drawn if tokens is None else tokens.gather(-1, drawn)
     return torch.where(finite, drawn[:, 0], -1)
@@ -136,17 +136,17 @@ class Text:
     A token's text depends on those before it: often the first word of all loses its space. So new
     tokens are decoded with some old ones, and what these alone give is cut off.
     """
-    def __init__(self, tokenizer: Tokenizer, shown: list, waiting: list, unread: list):
+    def __init__(self, tokenizer: Tokenizer, printed: list, unprinted: list, unread: list):
         self.tokenizer = tokenizer
-        self.shown = shown              # the last tokens that were shown
-        self.waiting = waiting          # the tokens after them
-        self.unread = unread            # the last tokens, which the model has not read
+        self.printed = printed          # the last tokens that were printed
+        self.unprinted = unprinted      # the tokens after them
+        self.unread = unread            # the tokens that the model is to read next
         self.ended = False
 
     def show(self) -> str:
         """The text of what waits. If it has not ended, half a character goes on waiting."""
-        tokens = self.shown + self.waiting
-        before = self.tokenizer.decode(self.shown, skip_special_tokens=False)
+        tokens = self.printed + self.unprinted
+        before = self.tokenizer.decode(self.printed, skip_special_tokens=False)
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
         # Some tokenizers, not Falcon's, have tokens of one byte, like <0xE2>. A wrong byte in a run
         # of them makes U+FFFD of the others too. So a run waits for its end.
@@ -154,8 +154,8 @@ class Text:
         is_half = text.endswith("\ufffd") or re.fullmatch("<0x..>", last)
         if is_half and not self.ended:
             return ""
-        self.shown = tokens[-RECENT:]
-        self.waiting = []
+        self.printed = tokens[-RECENT:]
+        self.unprinted = []
         return text[len(before):]
 
 def write(steps: Iterator[Tensor], texts: list[Text], stop: list[int], goes_on: bool):
@@ -177,7 +177,7 @@ def write(steps: Iterator[Tensor], texts: list[Text], stop: list[int], goes_on: 
             if token in stop:           # it is not shown
                 text.ended = True
             else:
-                text.waiting.append(token)
+                text.unprinted.append(token)
     for text in texts:
         text.ended = text.ended or not goes_on
         print(text.show())
@@ -215,13 +215,13 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None:
         return ids
-    # 0 is transformers' default, so the published pre-decay file has it. There it is >>TITLE<<.
+    # The pre-decay file says 0, transformers' default. There 0 is >>TITLE<<, which ends nothing.
     return [end, *(token for token in ids if token not in (0, end))]
 
 def save_state(path: Path, state: State, text: Text) -> None:
     """Keep a text's state and its last tokens. The state has read all but the very last."""
     tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
-    kept = {"shown": text.shown, "waiting": text.waiting, "unread": text.unread[-1:]}
+    kept = {"printed": text.printed, "unprinted": text.unprinted, "unread": text.unread[-1:]}
     for name, tokens in kept.items():
         tensors[name] = torch.tensor(tokens, dtype=torch.int64)
     new = path.with_name(path.name + ".partial")
@@ -239,7 +239,7 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
     try:
         found = load_file(path)
         pairs = (state.conv, found["conv"]), (state.ssm, found["ssm"])
-        tokens = [found[name].flatten().tolist() for name in ("shown", "waiting", "unread")]
+        tokens = [found[name].flatten().tolist() for name in ("printed", "unprinted", "unread")]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a state file: {str(error)!r:.300}") from error
     for layers, kept in pairs:
@@ -303,11 +303,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.load_state and not all(prompts):
         raise ValueError("without --load-state, each --prompt needs text; so does standard input")
     model, tokenizer, stop = load(args)
-    state, shown, waiting, unread = load_state(args.load_state, model, len(prompts))
+    state, printed, unprinted, unread = load_state(args.load_state, model, len(prompts))
     texts = []
     for prompt in prompts:
         tokens = encode(tokenizer, prompt)
-        texts.append(Text(tokenizer, shown, waiting + tokens, unread + tokens))
+        texts.append(Text(tokenizer, printed, unprinted + tokens, unread + tokens))
     rows = [text.unread for text in texts]
     if not all(rows):
         raise ValueError("the tokenizer has no token for any character of a prompt")

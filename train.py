@@ -290,7 +290,7 @@ def read_corpus(folder: Path, tokenizer: Tokenizer, end: int) -> np.ndarray:
     size = file.stat().st_size
     count = size // dtype.itemsize
     tokens = np.memmap(file, dtype, "r", shape=count) if count > 0 else np.zeros(0, dtype)
-    # It ends with a document and one `end`. A file that was cut, or of wider numbers, does not.
+    # A whole corpus ends with one `end`. A file that was cut, or of wider numbers, hardly ever does.
     is_end = (tokens[-2:] == end).tolist()
     if tokens.nbytes != size or is_end != [False, True]:
         raise ValueError(f"{file} does not end like {dtype} tokens with one {end}; make it again")
@@ -303,11 +303,11 @@ class Source:
     training: np.ndarray
 
     def row(self, position: int, context: int, longest: int, seed: int) -> np.ndarray:
-        """The `context` + 1 tokens at this position of the order in which the source is read.
+        """The `context` + 1 tokens at this position, which counts tokens along a walk over the text.
 
-        The text is cut into pieces of the longest context. They are visited in strides of about 0.6
-        of their number, so that neighbours in time lie far apart. The stride and that number have no
-        common factor, so all pieces are read before any is read again.
+        The text is cut into pieces of the longest context. The walk visits them in strides of about
+        0.6 of their number, so that neighbours in time lie far apart. The stride and that number
+        have no common factor, so all pieces are read before any is read again.
         """
         pieces = (len(self.training) - 1) // longest        # a row's last target is one token more
         stride = max(1, round(0.618 * pieces))
@@ -342,7 +342,8 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
     generator = np.random.default_rng((recipe.seed, tokens))
     rows = []
     for name in generator.choice([*share], batch_size(recipe, tokens), p=[*share.values()]):
-        # A stage of longer rows goes on at the next multiple of their length.
+        # A stage of longer rows goes on at the next multiple of their length. All lengths divide
+        # the longest, so a row lies in one piece.
         position = math.ceil(positions[name] / stage.context) * stage.context
         rows.append(sources[name].row(position, stage.context, recipe.longest, recipe.seed))
         positions[name] = position + stage.context
@@ -363,7 +364,7 @@ class Objective(nn.Module):
         self.end = end
 
     def forward(self, rows: Tensor) -> Tensor:
-        """The sum of -log p over all tokens of rows (b, l + 1) but each first one, in nats.
+        """The sum of -log p over the last l tokens of each row, (b, l + 1), in nats.
 
         cross_entropy ignores targets of -100, which are padding. The logits are made for 1024 tokens
         at a time, and again for the backward pass: all of them are 2 GB for one row of the 7B.
@@ -400,8 +401,8 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers a block's as it runs.
 
     The large products are gathered and multiplied in `dtype`. The rest of a block is small and stays
-    fp32. The rounding of A_log would be raised to the power of thousands of steps, and that of
-    dt_proj's bias, about -7, would change a token's delta by 1 %.
+    fp32. A rounding of A_log would act at each of thousands of steps, and one of dt_proj's bias,
+    about -7, would change a token's delta by up to 1.6 %.
     """
     options = {"mesh": init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
@@ -427,7 +428,7 @@ def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba 
     for block in model.backbone.layers:
         if args.compile:
             # Weights are arguments of compiled code, and dynamic=True leaves b and l open. So one
-            # code serves all layers and contexts. It comes first, or checkpointing would turn it off.
+            # code serves all layers and contexts. Checkpointing compiles nothing around itself.
             block.forward = torch.compile(block.forward, dynamic=True)
         if args.checkpoint_activations:
             block.forward = partial(recomputed, block.forward)
@@ -564,7 +565,7 @@ class Trainer:
             write_file(unfinished / "run.json", json.dumps(run, indent=1).encode())
             unfinished.rename(folder)
             for old in checkpoints(self.args.out)[:-self.args.keep]:
-                gone = old.rename(old.with_suffix(".partial"))      # or half of it had such a name
+                gone = old.rename(old.with_suffix(".partial"))      # half of it is no checkpoint
                 shutil.rmtree(gone)
 
     def resume(self, folder: Path) -> None:
@@ -650,15 +651,15 @@ def train(trainer: Trainer) -> bool:
     before = trainer.tokens
     stopped = False
     while trainer.tokens < total and not stopped:
-        row = trainer.update()
+        figures = trainer.update()
         ended = trainer.tokens >= total
         if ended or trainer.step % args.eval_every == 0:
-            row["held_out"] = trainer.held_out(row["context"])
+            figures["held_out"] = trainer.held_out(figures["context"])
         pace = (time.perf_counter() - begin) / (trainer.tokens - before)
-        print_step(trainer, row, pace * max(total - trainer.tokens, 0) / 60)
+        print_step(trainer, figures, pace * max(total - trainer.tokens, 0) / 60)
         if rank() == 0:
             with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(figures) + "\n")
         # Ranks must agree, but a signal may reach one only, and their clocks differ.
         stopped = over_ranks(len(signals)) > 0
         late = over_ranks(time.perf_counter() - saved > 60 * args.checkpoint_minutes) > 0
@@ -670,15 +671,15 @@ def train(trainer: Trainer) -> bool:
     trainer.export()
     return trainer.tokens >= total
 
-def print_step(trainer: Trainer, row: dict, minutes: float) -> None:
-    line = (f"step {row['step']} | loss {row['loss']:.4f} | lr {row['lr']:.2e} "
-            f"| norm {row['grad_norm']:.2f} | batch {row['batch_size']} "
-            f"| {row['tokens_per_s']:.0f} tok/s | {minutes:.1f} min left")
+def print_step(trainer: Trainer, figures: dict, minutes: float) -> None:
+    line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | batch {batch_size} "
+            "| {tokens_per_s:.0f} tok/s").format(**figures)
+    line += f" | {minutes:.1f} min left"
     if trainer.args.device.type == "cuda":
         from tests.plan import utilization
-        used = utilization(row["tokens_per_s"] / world_size(), trainer.model.config)
+        used = utilization(figures["tokens_per_s"] / world_size(), trainer.model.config)
         line += f" | {used:.0%} MFU"                    # nan for a GPU that tests/plan.py lacks
-    for name, (nats, _) in row.get("held_out", {}).items():
+    for name, (nats, _) in figures.get("held_out", {}).items():
         line += f" | held-out {name} {nats:.4f}"
     print(line, flush=True)
 
@@ -756,7 +757,7 @@ def pick_tokenizer(args: argparse.Namespace, folder: Path | None, paths: list[Pa
     return byte_tokenizer()
 
 def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
-    """The recipe with the mixture and, to continue a model, the size of the sources there are."""
+    """The recipe for these sources. ValueError if they are not its own, or too small for it."""
     if not args.mixture and (args.eval_only or len(sources) == 1):
         mixture = " ".join(f"{name}:1" for name in sources)
         stages = tuple(replace(stage, mixture=mixture) for stage in recipe.stages)
@@ -765,18 +766,8 @@ def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Sou
     if wanted != sources.keys():
         raise ValueError(f"--data names {', '.join(sorted(sources))}, the mixture "
                          f"{', '.join(sorted(wanted))}; give --data name=path and --mixture 'name:share'")
-    if args.recipe == "continue":       # what no flag gives fits the data; the numbers are our choice
-        stage = recipe.stages[0]
-        context = stage.context
-        held_out = min(len(source.held_out) for source in sources.values())
-        while not args.context and context > 64 and 8 * context >= held_out:
-            context //= 2                                   # so that at least eight rows are held out
-        share = shares(stage.mixture)
-        epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
-        total = args.given.get("total_tokens", int(epoch))
-        rows = max(1, total // (200 * context))             # so that there are at least 200 steps
-        recipe = replace(recipe, stages=(replace(stage, context=context),))
-        recipe = scaled(recipe, total, {"batch_end": min(rows, recipe.batch_end)} | args.given)
+    if args.recipe == "continue":
+        recipe = fitted(args, recipe, sources)
     for name, source in sources.items():
         held_out = len(source.held_out)
         training = len(source.training)
@@ -784,6 +775,23 @@ def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Sou
             raise ValueError(f"{name} has {held_out} held-out and {training} training tokens, too few "
                              f"for --context {recipe.longest}; give it more text, or a smaller one")
     return recipe
+
+def fitted(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
+    """One epoch, in at least 200 steps, with eight held-out rows, where no flag says otherwise.
+
+    An epoch ends where the first source has been read once. The two numbers are our choice.
+    """
+    stage = recipe.stages[0]
+    context = stage.context
+    held_out = min(len(source.held_out) for source in sources.values())
+    while not args.context and context > 64 and 8 * context >= held_out:
+        context //= 2
+    share = shares(stage.mixture)
+    epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
+    total = args.given.get("total_tokens", int(epoch))
+    rows = min(max(1, total // (200 * context)), recipe.batch_end)
+    recipe = replace(recipe, stages=(replace(stage, context=context),))
+    return scaled(recipe, total, {"batch_end": rows} | args.given)
 
 def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one for so many tokens."""
@@ -858,7 +866,7 @@ def run(args: argparse.Namespace, recipe: Recipe) -> None:
         print(f"stopped and saved at step {trainer.step}; the same command with --resume goes on")
 
 def start_processes(device: torch.device) -> None:
-    """Join the other ranks, if torchrun started us. A GPU alone is one of one: FSDP brings bf16."""
+    """Join the other ranks, if torchrun started us. A GPU alone makes a group too, for FSDP's bf16."""
     backend = "gloo"
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
@@ -876,7 +884,7 @@ def start_processes(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
 
 def main() -> None:
-    # FSDP warns of views of a state that we drop, dcp of running without processes.
+    # Two warnings that do not concern us: of views of a state that we drop, and of no other ranks.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)         # dcp logs what becomes a sentence below
     try:

@@ -1,8 +1,9 @@
 """A whole layer of the 7B, compiled for an H100 that is not here. `python scan_triton.py` prints it.
 
-Between the matrix products and the scan, torch.compile fuses everything into a few kernels. Its compiler, inductor,
-decides which from shapes alone, and knows the bytes that each one reads and writes. So a block of mamba.py is traced
-with tensors that have no data. Then inductor is told that they lie on an H100, and is stopped before it writes code.
+Between the matrix products and the scan, torch.compile fuses everything into a few kernels. Its compiler,
+inductor, decides which from shapes alone, and knows the bytes that each one reads and writes. So a block of
+mamba.py is traced with tensors whose memory is never touched. Then inductor is told that they lie on an H100,
+and is stopped before it writes code. It uses inductor's inner parts, as they are in torch 2.13.
 """
 from functools import partial
 from unittest import mock

@@ -227,7 +227,7 @@ def block_activations(config: MambaConfig, dtype: torch.dtype) -> float:
     width = dtype.itemsize
     stream = (4 + 4 + width) * m        # the stream, and normalised in fp32 and in dtype
     rows = (4 + 4 + 4 * width) * d      # the convolution's input and output in fp32; x, dt, z, y in dtype
-    apart = 16 if dtype == torch.float32 else 256       # tokens from one kept state to the next: CPU, GPU
+    apart = 16 if dtype == torch.float32 else 128       # tokens from one kept state to the next: CPU, GPU
     states = 4 * n * d / apart
     dt = (4 + width) * r                # before its norm and after
     B_and_C = 2 * (4 + 4) * n           # the same

@@ -104,7 +104,7 @@ FILES = [
     ("state", "not finite: the weights or the state are damaged",
      [{"conv": NAN.expand(2, 1, 3, 32)}, {"ssm": NAN.expand(2, 1, 32, 4)}]),
     ("state", "state has a token that the model has not: ",
-     [{name: torch.tensor([token])} for name in ("shown", "waiting", "unread")
+     [{name: torch.tensor([token])} for name in ("printed", "unprinted", "unread")
       for token in (-1, 257, 2**62, 0.5, True)]),
 ]
 

@@ -166,7 +166,7 @@ def test_the_pieces_joined_are_what_decoding_the_whole_gives(kind, prompt, token
     text = Text(KINDS[kind], [], prompt.copy(), [])
     shown = text.show()
     for token in tokens:
-        text.waiting.append(token)
+        text.unprinted.append(token)
         shown += text.show()
     text.ended = True
     shown += text.show()

@@ -217,9 +217,9 @@ def layer(resets: bool = False) -> dict[str, dict]:
             for name, (products, way, sizes, rows) in passes.items()}
 
 def print_layer() -> None:
-    print(f"\nThe whole layer. Its matrix products reach {PRODUCTS:.0%} of {PEAK / 1e12:.0f} TFLOP/s, which is assumed. "
-          f"The rest is what inductor of torch\n{torch.__version__} makes of mamba.py's block for an H100, from the "
-          "groups of operations that it fuses: their bytes at 3.35 TB/s.")
+    print(f"\nThe whole layer. Its matrix products reach {PRODUCTS:.0%} of {PEAK / 1e12:.0f} TFLOP/s, which is "
+          f"assumed. The rest is what inductor of torch\n{torch.__version__} makes of mamba.py's block for an H100, "
+          "from the groups of operations that it fuses: their bytes at 3.35 TB/s.")
     parts = layer()
     ms = {}
     for name, part in parts.items():
@@ -247,7 +247,8 @@ def print_kernels() -> None:
     for label in KERNELS:
         for target in TARGETS:
             found = count(label, target)
-            line = f"{label:18} {target:7} {found['REG']:4} {found['STACK']:5} {found['LOCAL']:5} {found['SHARED']:6}"
+            line = f"{label:18} {target:7} {found['REG']:4} {found['STACK']:5} {found['LOCAL']:5}"
+            line += f" {found['SHARED']:6}"
             if "issue" in found:
                 line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
             if target == "sm_90":
