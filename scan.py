@@ -2,20 +2,20 @@
 
 Each of d channels has a state h of n numbers, and each number fades on its own. With all products
 elementwise, h'(t) = A h(t) + B(t) x(t). A is negative, learned, and the same at all t: how fast a
-number fades. B says how the input x is written, and C, below, how h is read. Both come from the
-token. It lasts for a time delta_t, in which B and x are held constant. At its end, exactly,
+number fades. B says how the input x is written, and C, below, how h is read. One token is a time
+step of length delta_t, in which B and x are constant. At its end, exactly,
 
     h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A * B_t x_t
 
-Mamba's code puts delta_t for (exp(delta_t A) - 1) / A. That is nearly the same where delta_t A is
-small, and B, which is learned, makes up for the rest. So the scan is (Mamba, arXiv 2312.00752):
+Mamba's code writes delta_t for (exp(delta_t A) - 1) / A. Near delta_t A = 0 the two agree. At
+-1.6 it is twice as much, and the weights are trained with it. So (Mamba, arXiv 2312.00752):
 
     delta_t = softplus(dt_t + dt_bias)                a raw number, made a positive time
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t    Eq. 2a; the exact one is Eq. 4
     y_t = (C_t . h_t + D x_t) SiLU(z_t)               Eq. 2b, the skip D, the gate z of Fig. 3
 
-"Selective" means that mamba.py makes dt, B and C from the token. With a long delta_t the state
-forgets the past and takes the token in. With a short one the token is passed over.
+"Selective" means that mamba.py makes dt, B and C from the token. A long step lets the past fade and
+writes the token. A short one changes almost nothing.
 
 At one t, x_t, delta_t, z_t, D and y_t are (d,). B_t and C_t are (n,). A and h_t are (d, n).
 delta_t B_t x_t is an outer product, (d, n). C_t . h_t sums over n.
@@ -39,7 +39,7 @@ def naive(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     h = h0                                                           # (b, d, n)
     y = []
     for t in range(x.shape[1]):
-        if reset is not None:       # a new document: forget
+        if reset is not None:       # a new document: forget. The other scans make the decay 0
             h = h.masked_fill(reset[:, t, None, None], 0)
         decay = torch.exp(delta[:, t, :, None] * A)                  # (b, d, n)
         drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
@@ -54,11 +54,11 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
 
 # Second, the tree. Two steps in a row are one step of the same form:
 #     a2 (a1 h + b1) + b2 = (a2 a1) h + (a2 b1 + b2)
-# One parallel step merges all pairs, which halves the sequence, and log2(l) of these merge it all.
-# As many go back: of five steps, (0 1) and (2 3), merged, give h_1 and h_3, and these h_2 and h_4.
-# scan_triton.py merges chunks of steps. The CPU's chunks, below, are not merged.
+# Merge steps 0 and 1, 2 and 3, ..., all at once. The scan of these merged steps is h_1, h_3, ...:
+# the same problem, half as long. Then take the rest, all at once: h_2 = a_2 h_1 + b_2. In all that
+# is 2 log2(l) - 1 parallel steps, nineteen for l = 1024. assets/tree.svg shows them.
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
-    """O(l) work in 2 log2(l) parallel steps. Holds a few times (b, l, d, n)."""
+    """O(l) work. Holds a few times (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
     decay = torch.exp(delta[..., None] * A)                          # (b, l, d, n)
     if reset is not None:
@@ -82,10 +82,11 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
     h[:, 2::2] += decay[:, 2::2] * odd[:, :n_even]
     return h
 
-# Third, for training on a CPU: the loop, with the decays of a chunk of steps computed at once. Only
-# the state before each chunk is kept, and from it the backward makes the chunk's states again. So
-# (b, l, d, n) never exists. For any v, write dv for its gradient dL/dv: ddt is that of dt.
-#     w_t = delta_t x_t,   u_t = delta_t A,   Ch_t = C_t . h_t,   s_t = Ch_t + D x_t
+# Third, for training on a CPU: the loop, with the decays of a chunk of steps computed at once.
+# Beyond the inputs, only the state before each chunk is kept. From it the backward makes the
+# chunk's states again. So (b, l, d, n) never exists. Write dv for the gradient dL/dv of any v. The
+# forward's parts come first, then their gradients, from y back to the inputs:
+#     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t
 #     ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}       because s_t and h_{t+1} both read h_t
 #     dC_t = sum over d of ds_t h_t
@@ -114,8 +115,7 @@ def run_chunk(chunk: slice, w, delta, A, B, reset, h, buffers: list[Tensor]):
 
 class Chunked(torch.autograd.Function):
     """NOTE: in here A is (n, d) and a state (b, n, d), because a long last dimension is fastest.
-    The chunks share a few buffers, because memory that is new from the system is slow to touch:
-    without them a training step took 1.7 times as long."""
+    The chunks share buffers: with fresh memory (page faults) a step took 1.7 times as long."""
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, reset):
         A = A.T.contiguous()                                         # (n, d)
@@ -124,7 +124,7 @@ class Chunked(torch.autograd.Function):
         w = delta * x
         y = torch.empty_like(x)
         starts = []                                                  # the state before each chunk
-        ctx.steps = 32 if len(x) == 1 else 16                        # a chunk: fastest when tried
+        ctx.steps = 32 if len(x) == 1 else 16                        # c, by trial
         buffers = [h.new_empty(len(x), ctx.steps, *A.shape) for _ in range(2)]
         for t in range(0, x.shape[1], ctx.steps):
             chunk = slice(t, t + ctx.steps)
@@ -142,7 +142,8 @@ class Chunked(torch.autograd.Function):
         delta = F.softplus(dt + dt_bias)                             # (b, l, d)
         w = delta * x
         ds = dy if z is None else dy * F.silu(z)
-        Ch, dw, ddelta = (torch.empty_like(x) for _ in range(3))     # (b, l, d)
+        s = D * x                                                    # ... + C . h, below
+        dw, ddelta = torch.empty_like(x), torch.empty_like(x)
         dB, dC, dA = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A)
         carry = dh_last.mT.contiguous()     # exp(u_{t+1}) dh_{t+1} of a chunk's last t
         buffers = [carry.new_empty(len(x), ctx.steps, *A.shape) for _ in range(3)]
@@ -155,7 +156,7 @@ class Chunked(torch.autograd.Function):
             for t in reversed(range(hs.shape[1] - 1)):
                 dhs[:, t].addcmul_(decays[:, t + 1], dhs[:, t + 1])
             carry = decays[:, 0] * dhs[:, 0]
-            Ch[:, chunk] = (C[:, chunk, None] @ hs)[:, :, 0]
+            s[:, chunk] += (C[:, chunk, None] @ hs)[:, :, 0]
             dC[:, chunk] = (ds[:, chunk, None] @ hs.mT)[:, :, 0]
             dB[:, chunk] = (w[:, chunk, None] @ dhs.mT)[:, :, 0]
             dw[:, chunk] = (B[:, chunk, None] @ dhs)[:, :, 0]
@@ -168,7 +169,6 @@ class Chunked(torch.autograd.Function):
         ddelta.addcmul_(x, dw)                                       # ... + x dw
         ddt = ddelta.mul_(torch.sigmoid(dt + dt_bias))
         dx = dw.mul_(delta).addcmul_(D, ds)                          # delta dw + D ds
-        s = Ch.addcmul_(D, x)                                        # Ch + D x
         dz = None if z is None else torch.ops.aten.silu_backward(s.mul_(dy), z)     # dy s SiLU'(z)
         dD = (x * ds).sum((0, 1))
         return dx, ddt, dA.T, dB, dC, dD, dz, ddt.sum((0, 1)), carry.mT, None
@@ -189,19 +189,18 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     check(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, h0=h0, reset=reset)
     if backend == "auto":
         backend = default_backend(x.device, x.shape[1])
+    D = A.new_zeros(len(A)) if D is None else D
+    dt_bias = A.new_zeros(len(A)) if dt_bias is None else dt_bias
+    h0 = A.new_zeros(len(x), *A.shape) if h0 is None else h0
     if backend == "triton":
         from scan_triton import selective_scan as fused     # here: without a GPU it is not needed
         return fused(x, dt, A, B, C, D, z, dt_bias, h0, reset)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of auto, triton, {', '.join(BACKENDS)}")
-    d, n = A.shape
-    D = A.new_zeros(d) if D is None else D
-    dt_bias = A.new_zeros(d) if dt_bias is None else dt_bias
-    h0 = A.new_zeros(len(x), d, n) if h0 is None else h0
     inputs = [x, dt, A, B, C, D, z, dt_bias, h0]
     inputs = [None if v is None else v.float().contiguous() for v in inputs]
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
-    with torch.autocast(device, enabled=False):     # it would take the products in 16 bits
+    known = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type if known else "cpu", enabled=False):      # no 16-bit products
         y, h = BACKENDS[backend](*inputs, reset)
     return y.to(x.dtype), h
 
@@ -209,7 +208,7 @@ def step(h, x, dt, A, B, C, D, z, dt_bias) -> Tensor:
     """The scan of one token, x, dt, z (b, 1, d), without gradients: y. Overwrites the state h."""
     if default_backend(x.device, 1) == "triton":
         from scan_triton import step as fused
-        return fused(h, x, dt, A, B, C, D, dt_bias, z, None)
+        return fused(h, x, dt, A, B, C, D, z, dt_bias)
     delta = F.softplus(dt + dt_bias)                                 # (b, 1, d)
     h.mul_(torch.exp(delta.mT * A))                                  # (b, d, n)
     h.addcmul_((delta * x).mT, B)                                    # (b, d, 1) times (b, 1, n)
@@ -241,9 +240,10 @@ def check(**given) -> None:
 
 if __name__ == "__main__":
     b, l, d, n = 4, 256, 256, 16
-    sizes = [(b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,), (b, d, n)]
-    inputs = [torch.randn(size) for size in sizes]
-    inputs[2] = -inputs[2].abs()                                     # A
+    x, dt, z = torch.randn(3, b, l, d)
+    B, C = torch.randn(2, b, l, n)
+    D, dt_bias = torch.randn(2, d)
+    inputs = [x, dt, -torch.randn(d, n).abs(), B, C, D, z, dt_bias, torch.randn(b, d, n)]
     print(f"{(b, l, d, n) = }: one run each, forward and backward; largest error of a gradient")
     runs = [("naive", torch.float64)] + [(name, torch.float32) for name in BACKENDS]
     for name, dtype in runs:

@@ -4,11 +4,11 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A kernel is run by many programs. A program (a CUDA block) is one warp here: 32 threads in lockstep.
-Each holds the n states of one channel in registers and walks through time. So no (b, l, d, n) ever
-lies in memory.
+A kernel is run by many programs. A program is one warp here: 32 threads in lockstep. Each thread
+holds the n numbers of one channel's state in registers and walks through time. So no (b, l, d, n)
+ever lies in memory.
 
-One sequence of the 7B has 8192 channels, or 256 warps. An H100 has room for more than 2000. So
+One sequence of the 7B has 8192 channels, or 256 warps. An H100 has registers for 1000 to 3000. So
 time is cut into chunks, and all chunks are walked at once. That is possible because a chunk does
 only one thing to the state that enters it, h_end = decay * h_start + local:
 
@@ -17,11 +17,12 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
     pass 3   scan_kernel     every chunk at once, from that state: y
 
 The backward does the same to dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel.
-One token takes step_kernel. `python scan_triton.py` compiles them all, with or without a GPU. It
-prints their registers, which limit how many warps fit, and their time on an H100, and that of a
-whole layer: estimated, and never measured. Next: mamba.py.
+A single chunk takes three launches too. Only scan.step, for one token, takes one: step_kernel.
 
-Sizes: b batch, l length, d channels, n states of a channel.
+`python scan_triton.py` compiles them all, with or without a GPU. It prints their registers and
+their time on an H100, and that of a whole layer: estimated, and never measured. Next: mamba.py.
+
+Sizes: b batch, l length, d channels, n numbers of state a channel.
 """
 import torch
 from torch import Tensor
@@ -33,18 +34,11 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHUNK = 128             # steps: after so many, a state is a quarter of what x takes in bf16
+CHUNK = 128             # steps; the states kept are then a quarter of x: 16 x 4 bytes of 128 x 2
 STEPS = 4               # a block of so many is loaded at once, before the first is computed
-SCRATCH = 400 << 20     # bytes: the backward takes chunks whose states fit in here at a time
+SCRATCH = 400 << 20     # bytes: the states of all chunks that the backward takes at a time
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
-
-# For each of these, Triton would compile a kernel anew where it is 1, and where 16 divides it.
-LENGTHS = ["l", "since", "chunk", "chunks"]
-# Wanted: thread 0 holds the 16 states of channel 0. If Triton knew that 16 divides these addresses,
-# thread 0 would hold 4 states of channels 0 to 3, and a sum over n would pass between threads.
-STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
-thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
 # What the kernels share. tl.load(ptr + at, mask, other) reads the numbers at the offsets `at`, or
 # takes `other` where the mask is false. A constexpr is known when a kernel is compiled. A
@@ -52,7 +46,8 @@ thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_
 @triton.jit
 def softplus(v):
     # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. Triton
-    # has no log1p, but log(1 + e) = 2 artanh(r) = 2 r (1 + r^2 / 3 + r^4 / 5 + ...).
+    # has no log1p, but log(1 + e) = 2 artanh(r) = 2 r (1 + r^2 / 3 + r^4 / 5 + ...). Here r <= 1/3,
+    # and so seven terms are enough for fp32.
     e = tl.exp2(tl.abs(v) * -LOG2E)
     r = e / (2 + e)
     q = r * r
@@ -61,20 +56,23 @@ def softplus(v):
     return tl.maximum(v, 0) + 2 * r * series
 
 @triton.jit
-def find_chunk(l, since, chunk, chunks, d):
-    # Each sequence of the batch has `chunks` chunks of `chunk` steps, from step `since` on. This
-    # program's is the k-th of all. int64, because offsets are made from it and may pass 2^31.
+def find_chunk(l, first, chunk, chunks, d):
+    # Each sequence has `chunks` chunks of `chunk` steps, from step `first` on. k numbers those of
+    # the whole batch. Programs go chunk by chunk, and in each by groups of 32 channels. int64,
+    # because offsets are made from it and may pass 2^31.
     k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
-    start = since + (k % chunks).to(tl.int32) * chunk
+    start = first + (k % chunks).to(tl.int32) * chunk
     return k, k // chunks, start, tl.minimum(start + chunk, l)
 
 @triton.jit
 def find_channels(d, n):
-    # Channels c, states i (padded to a power of 2), where they lie in a tensor (n, d), which exist.
-    # In this order, neighbouring threads read neighbours.
+    # c: the program's channels. i: the n numbers, padded to a power of 2. tile: where they lie in a
+    # tensor (n, d). inside: which exist. In this order, neighbouring threads read neighbours.
     c = tl.program_id(0) % tl.cdiv(d, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
     i = tl.arange(0, triton.next_power_of_2(n))
-    return c, i, i[:, None] * d + c[None, :], (i < n)[:, None] & (c < d)[None, :]
+    tile = i[:, None] * d + c[None, :]
+    inside = (i < n)[:, None] & (c < d)[None, :]
+    return c, i, tile, inside
 
 @triton.jit
 def load(ptr, at, mask, other=0.0):
@@ -83,7 +81,8 @@ def load(ptr, at, mask, other=0.0):
 @triton.jit
 def load_rows(ptr, row, rest, c, d, BLOCK, other=0.0):
     # A block of a tensor (b, l, d), if it is not None. A row is one step of one sequence. `rest` is
-    # how many are left of the chunk. Past it dt is -inf: softplus makes that a step of no time.
+    # how many are left of the chunk. For dt `other` is -inf: past the end come steps of no time.
+    # The mask is (j < rest) & (c < d), which Triton's interpreter gets wrong in this form.
     rows = ()
     if ptr is not None:
         for j in tl.static_range(BLOCK):
@@ -97,7 +96,7 @@ def store_rows(ptr, rows, row, rest, c, d, BLOCK):
 
 @triton.jit
 def load_BC(ptr, row, j, rest, i, n):
-    # Step j of a block of (b, l, n). Past the end the last one again: its factor is 0 there.
+    # Step j of a block of (b, l, n). Past the end, where delta x and ds are 0, the last row again.
     return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
 
 @triton.jit
@@ -114,6 +113,13 @@ def advance(h, x, dt, A2, B, forget):
 
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
 # bool. z and reset may be None. BLOCK is the steps of a block.
+
+# Triton compiles a kernel again for a size of 1, and for sizes that 16 divides. Not for these.
+LENGTHS = ["l", "first", "chunk", "chunks"]
+# Where 16 divides an address, Triton loads 4 neighbouring channels into a thread. Then a channel
+# lies in 4 threads, and each sum over n passes between them. Not told, a thread gets one channel.
+STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
+thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
 # Pass 1:   h = 0,   decay = 1
 #           for t in the chunk:
@@ -164,7 +170,7 @@ def carry_kernel(h_ptr,         # (b, size): what enters the first, then what le
 # Pass 3:   as pass 1, but h = the state that enters the chunk, and for each t
 #               y_t = (C_t . h + D x_t) SiLU(z_t)
 @thread_per_channel
-def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
                 start_ptr,      # (b, chunks, n, d): what enters each chunk
                 y_ptr,          # (b, l, d) out
                 l, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
@@ -192,22 +198,22 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
             ys += (y,)
         store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, so that no load waits for it
 
-# One token. The state is the model's own, and lies (d, n). So does A here.
+# One token, with no reset. The state is the model's own, and lies (d, n). So does A here.
 @triton.jit
-def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
                 h_ptr,          # (b, d, n), overwritten
                 y_ptr,          # (b, 1, d) out
                 d: tl.constexpr, n: tl.constexpr):
     sequence = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
     c, i, _, inside = find_channels(d, n)
-    tile = c[None, :] * n + i[:, None]      # where they lie in (d, n)
+    tile = c[None, :] * n + i[:, None]      # in (d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     h = load(h_ptr + sequence * d * n, tile, inside)
     B = load(B_ptr + sequence * n, i, i < n)
     C = load(C_ptr + sequence * n, i, i < n)
     x = load(x_ptr + sequence * d, c, c < d)
     dt = load(dt_ptr + sequence * d, c, c < d) + load(bias_ptr, c, c < d)
-    h, _ = advance(h, x, dt, A2, B, load_forget(reset_ptr, sequence, True))
+    h, _ = advance(h, x, dt, A2, B, 0.0)
     y = tl.sum(C[:, None] * h, 0) + load(D_ptr, c, c < d) * x
     if z_ptr is not None:
         z = load(z_ptr + sequence * d, c, c < d)
@@ -218,13 +224,13 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 # The backward. scan.py derives its formulas, above run_chunk, and has the same names:
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}
-# To run h backwards would be to divide by decays. So h is computed again, from the state that
-# enters the chunk, which the forward kept. Of dh, a chunk hands e_1 dh_1 on to the chunk before it,
-# if its steps are 1, 2, ... and e_t is exp(u_t). For three steps that is
+# To run h backwards would be to divide by decays, which are nearly 0, or 0 at a reset. So h is
+# computed again, from the state that enters the chunk, which the forward kept.
+# Number a chunk's steps 1, 2, 3 and let e_t be exp(u_t). It hands e_1 dh_1 to the chunk before it:
 #     e_1 (C_1 ds_1 + e_2 (C_2 ds_2 + e_3 (C_3 ds_3 + what enters at the end)))
 #     = (e_1 C_1 ds_1 + e_1 e_2 C_2 ds_2 + e_1 e_2 e_3 C_3 ds_3) + e_1 e_2 e_3 (what enters)
-# The first bracket is the chunk's local, and e_1 e_2 e_3 its decay. No term of it needs a later
-# step. So pass 1 adds them up forwards in time, in the walk that computes h.
+# No term of the first bracket needs a later step. So pass 1 adds them up forwards in time, in the
+# walk that computes h. For dh, the bracket is the chunk's local, and e_1 e_2 e_3 is its decay.
 
 # Pass 1:   h = the state that enters the chunk,   local = 0,   decay = 1
 #           for t in the chunk:
@@ -234,14 +240,14 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, rese
 #               local = local + decay C_t ds_t
 # The h that enters each block is stored, because pass 3 takes blocks from the last to the first.
 @thread_per_channel
-def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
                   start_ptr,        # (b, chunks, n, d): what enters each chunk
                   dy_ptr,           # (b, l, d)
-                  dz_ptr,           # (b, l, d) out; None without z
+                  dz_ptr,           # (b, l, d) out; empty without z
                   blocks_ptr,       # (b, chunks, chunk / BLOCK, n, d) out: what enters each block
                   decay_ptr, local_ptr,     # (b, chunks, n, d) out
-                  l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
-    k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
+                  l, first, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, first, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
@@ -277,6 +283,7 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
     tl.store(decay_ptr + k * n * d + tile, decay, inside)
     tl.store(local_ptr + k * n * d + tile, local, inside)
 
+# Pass 2:   carry_kernel, from the last chunk
 # Pass 3:   dh = what enters the chunk at its end
 #           for each block, from the last:
 #               for t in the block:
@@ -287,16 +294,16 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, re
 #                   dh = exp(u_t) dh
 # Its sums over d pass between threads anyway, and so Triton may choose who holds what.
 @triton.jit(do_not_specialize=LENGTHS)
-def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, reset_ptr,
+def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
                    dy_ptr,             # (b, l, d)
                    blocks_ptr,         # (b, chunks, chunk / BLOCK, n, d)
                    dh_ptr,             # (b, chunks, n, d): what enters each chunk at its end
                    dx_ptr, ddt_ptr,    # (b, l, d) out
-                   dB_ptr, dC_ptr,     # (b, chunks, programs, chunk, n) out: of 32 channels
-                   dA_ptr,             # (b, chunks, n, d) out: of these steps
-                   dD_ptr, dbias_ptr,  # (b, chunks, d) out: of these steps
-                   l, since, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
-    k, sequence, start, end = find_chunk(l, since, chunk, chunks, d)
+                   dB_ptr, dC_ptr,     # (b, chunks, d / 32, chunk, n) out: sums over 32 channels
+                   dA_ptr,             # (b, chunks, n, d) out: sum over the chunk
+                   dD_ptr, dbias_ptr,  # (b, chunks, d) out: sums over the chunk
+                   l, first, chunk, chunks, d: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr):
+    k, sequence, start, end = find_chunk(l, first, chunk, chunks, d)
     c, i, tile, inside = find_channels(d, n)
     A2 = load(A_ptr, tile, inside) * LOG2E
     D = load(D_ptr, c, c < d)
@@ -325,8 +332,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
         for j in tl.static_range(BLOCK - 1, -1, -1):
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
-            # It is 0 past the end anyway. But without this mask the compiler keeps the decays from
-            # above for the loop's last line, and runs out of registers.
+            # Past the end it is 0 anyway. But this mask keeps the compiler from saving each `fade`
+            # from above for this loop's last line, which takes too many registers.
             delta = tl.where(j < rest, softplus(dts[j] + bias), 0.0)
             w = delta * xs[j]
             ds = dys[j]
@@ -334,13 +341,14 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
                 ds *= zs[j] * tl.sigmoid(zs[j])
             h = faded[j] + w[None, :] * B[:, None]      # once more: cheaper than to keep it
             dh += C[:, None] * ds[None, :]
+            # Past the end too: backward_chunks cuts that off.
             at = (tl.program_id(0).to(tl.int64) * chunk + t - start + j) * n + i
             tl.store(dB_ptr + at, tl.sum(dh * w[None, :], 1), i < n)
             tl.store(dC_ptr + at, tl.sum(h * ds[None, :], 1), i < n)
             du = dh * faded[j]
             dA += du * delta[None, :]
             dw = tl.sum(dh * B[:, None], 0)
-            ddelta = dw * xs[j] + tl.sum(du * A2, 0) / LOG2E
+            ddelta = dw * xs[j] + tl.sum(du * A2, 0) / LOG2E    # A2 / LOG2E is A
             ddt = ddelta * tl.sigmoid(dts[j] + bias)
             dD += xs[j] * ds
             dbias += ddt
@@ -353,9 +361,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, r
     tl.store(dD_ptr + k * d + c, dD, c < d)
     tl.store(dbias_ptr + k * d + c, dbias, c < d)
 
-# What PyTorch sees: three operators that torch.compile does not look into. These come last in each.
-INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, Tensor? z, "
-          "Tensor? reset")
+# What PyTorch sees: three operators that torch.compile does not look into, and their inputs.
+INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor bias"
 
 def launch(kernel, count: int, width: int, *args, **sizes) -> None:
     """Run `count` times a program for every CHANNELS of the width."""
@@ -364,17 +371,18 @@ def launch(kernel, count: int, width: int, *args, **sizes) -> None:
         kernel[grid](*args, **sizes, num_warps=1, enable_fp_fusion=True)    # a * b + c at once
 
 def block_steps(n: int) -> int:
-    """BLOCK in the backward. Registers hold up to 64 states of a channel; for n > 32 they spill."""
+    """BLOCK in the backward. A thread's registers hold 64 numbers; for n > 32 they spill."""
     return max(1, min(STEPS, 64 // triton.next_power_of_2(n)))
 
 def contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 @torch.library.custom_op("falcon_mamba::scan", mutates_args=(),
-                         schema=f"(Tensor h0, {INPUTS}) -> (Tensor, Tensor, Tensor)")
+                         schema=f"(Tensor h0, {INPUTS}, Tensor? reset) -> (Tensor, Tensor, Tensor)")
 def scan(h0, *inputs):
     """y, the last h and what enters each chunk. h0 and h are (b, n, d), A is (n, d)."""
-    x, dt, A, B, C, D, bias, z, reset = inputs = contiguous(*inputs)
+    inputs = contiguous(*inputs)
+    x, dt, A, B, C, D, z, bias, reset = inputs
     y, h, start = empty_outputs(h0, x)
     h.copy_(h0)
     decay = torch.empty_like(start)
@@ -385,19 +393,20 @@ def scan(h0, *inputs):
     launch(scan_kernel, b * chunks, d, *inputs, start, y, **sizes)
     return y, h, start
 
-@scan.register_fake     # torch.compile asks it for shapes
+@scan.register_fake     # it makes the outputs, and tells torch.compile their shapes
 def empty_outputs(h0, x, *_):
     b, n, d = h0.shape
     start = h0.new_empty(b, triton.cdiv(x.shape[1], CHUNK), n, d)
     return x.new_empty(x.shape), h0.new_empty(h0.shape), start
 
 @torch.library.custom_op("falcon_mamba::scan_backward", mutates_args=(),
-                         schema=f"(Tensor dy, Tensor dh, Tensor start, {INPUTS}) -> Tensor[]")
+                         schema="(Tensor dy, Tensor dh, Tensor start, "
+                                f"{INPUTS}, Tensor? reset) -> Tensor[]")
 def scan_backward(dy, dh, start, *inputs):
-    """The gradients of h0 and of the inputs, without those of reset and of a z that is None."""
+    """The gradients of h0 and of the inputs but reset. That of a z that is None is empty."""
     dy, *inputs = contiguous(dy, *inputs)
     grads = empty_grads(dy, dh, start, *inputs)
-    dh0, _, _, dA, _, _, dD, dbias, *_ = grads
+    dh0, dx, ddt, dA, dB, dC, dD, dz, dbias = grads
     dh0.copy_(dh)               # what enters the last chunk; carry_kernel makes dh0 of it
     for total in (dA, dD, dbias):
         total.zero_()
@@ -408,14 +417,13 @@ def scan_backward(dy, dh, start, *inputs):
         backward_chunks(k * CHUNK, start[:, k:k + at_once].contiguous(), dy, inputs, grads)
     return grads
 
-def backward_chunks(since: int, start: Tensor, dy: Tensor, inputs: list, grads: list) -> None:
-    """Fill in the gradients of chunks that begin at step `since`, and that `start` enters."""
-    dh0, dx, ddt, dA, dB, dC, dD, dbias, *dz = grads
-    dz = dz[0] if dz else None      # z may be None, and so stands behind the others in INPUTS
+def backward_chunks(first: int, start: Tensor, dy: Tensor, inputs: list, grads: list) -> None:
+    """Fill in the gradients of chunks that begin at step `first`, and that `start` enters."""
+    dh0, dx, ddt, dA, dB, dC, dD, dz, dbias = grads
     b, chunks, n, d = start.shape
     l = dy.shape[1]
     block = block_steps(n)
-    sizes = dict(l=l, since=since, chunk=CHUNK, chunks=chunks, d=d, n=n, BLOCK=block)
+    sizes = dict(l=l, first=first, chunk=CHUNK, chunks=chunks, d=d, n=n, BLOCK=block)
     blocks = start.new_empty(b, chunks, CHUNK // block, n, d)
     decay = torch.empty_like(start)
     enter = torch.empty_like(start)         # first local, then what enters each chunk at its end
@@ -428,16 +436,16 @@ def backward_chunks(since: int, start: Tensor, dy: Tensor, inputs: list, grads: 
     dbiases = torch.empty_like(dDs)
     launch(adjoint_kernel, b * chunks, d, *inputs, dy, blocks, enter,
            dx, ddt, dBs, dCs, dAs, dDs, dbiases, **sizes)
-    end = min(l, since + chunks * CHUNK)
-    dB[:, since:end] = dBs.sum(2).flatten(1, 2)[:, :end - since]
-    dC[:, since:end] = dCs.sum(2).flatten(1, 2)[:, :end - since]
+    end = min(l, first + chunks * CHUNK)
+    dB[:, first:end] = dBs.sum(2).flatten(1, 2)[:, :end - first]
+    dC[:, first:end] = dCs.sum(2).flatten(1, 2)[:, :end - first]
     dA += dAs.sum((0, 1))
     dD += dDs.sum((0, 1))
     dbias += dbiases.sum((0, 1))
 
 @scan_backward.register_fake
 def empty_grads(dy, dh, start, *inputs):
-    return [t.new_empty(t.shape) for t in (dh, *inputs[:-1]) if t is not None]
+    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in (dh, *inputs[:-1])]
 
 def setup_context(ctx, inputs, output):
     y, h, start = output
@@ -445,41 +453,31 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, dy, dh, dstart):
     grads = scan_backward(dy, dh, *ctx.saved_tensors)
-    return *grads, *[None] * (10 - len(grads))      # for h0 and nine inputs
+    grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
+    return *grads, None     # reset has none
 scan.register_autograd(backward, setup_context=setup_context)
 
 @torch.library.custom_op("falcon_mamba::step", mutates_args=("h",),
                          schema=f"(Tensor(a!) h, {INPUTS}) -> Tensor")
-def step(h, *inputs):
+def step(h, x, *inputs):
     """One token: returns y (b, 1, d) and overwrites the state h, (b, d, n). Here A is (d, n)."""
     if not h.is_contiguous() or h.dtype != torch.float32:
         raise ValueError("h is written in place: it must be fp32 and contiguous (b, d, n)")
     b, d, n = h.shape
-    inputs = contiguous(*inputs)
-    y = empty_step(h, *inputs)
-    launch(step_kernel, b, d, *inputs, h, y, d=d, n=n)
+    x, *inputs = contiguous(x, *inputs)
+    y = x.new_empty(x.shape)
+    launch(step_kernel, b, d, x, *inputs, h, y, d=d, n=n)
     return y
 
-@step.register_fake
-def empty_step(h, x, *_):
-    return x.new_empty(x.shape)
+step.register_fake(lambda h, x, *_: x.new_empty(x.shape))
 
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                   z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
-                   reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """scan.selective_scan on a GPU: y (b, l, d) in x's dtype, the last h (b, d, n) in fp32."""
-    if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):
+def selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, reset) -> tuple[Tensor, Tensor]:
+    """scan.selective_scan on a GPU. Only z and reset may be None."""
+    if not x.is_cuda and isinstance(scan_kernel, triton.JITFunction):   # and not interpreted
         raise ValueError(f"the Triton scan needs CUDA tensors and x is on {x.device}: use "
                          'backend="auto", or set TRITON_INTERPRET=1 before Python starts (slow)')
-    b, l, d = x.shape
-    D = A.new_zeros(d) if D is None else D
-    dt_bias = A.new_zeros(d) if dt_bias is None else dt_bias
-    h0 = A.new_zeros(b, *A.shape) if h0 is None else h0
-    if l == 1 and not torch.is_grad_enabled():      # decoding
-        h = h0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return step(h, x, dt, A, B, C, D, dt_bias, z, reset), h
     A, B, C, D, dt_bias, h0 = (v.float() for v in (A, B, C, D, dt_bias, h0))
-    y, h, _ = scan(h0.mT, x, dt, A.mT, B, C, D, dt_bias, z, reset)
+    y, h, _ = scan(h0.mT, x, dt, A.mT, B, C, D, z, dt_bias, reset)
     return y, h.mT.contiguous()
 
 if __name__ == "__main__":

@@ -53,11 +53,9 @@ from tqdm import tqdm
 import scan
 from mamba import Mamba, MambaConfig, find, read_json, replace_file
 from sample import device, number       # these two are types for argparse
-from sample import end_tokens, read_tokenizer, vocabulary
+from sample import DTYPES, end_tokens, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # The recipe
 
@@ -185,7 +183,6 @@ CONTINUE = replace(FALCON, init_from="tiiuae/falcon-mamba-7b-pre-decay", total_t
 RECIPES = {"tiny": Recipe(), "falcon-mamba-7b": FALCON, "continue": CONTINUE}
 # Sizes of a fresh small model, our choice. The published 0.1 of fresh weights suits the 7B's width.
 TINY = {"d_model": 128, "n_layer": 4, "initializer_range": 0.02}
-
 
 # The data. A source is text, in files or folders, or a corpus: a folder of tokens.bin and the
 # tokenizer.json that made it.
@@ -349,7 +346,6 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
         positions[name] = position + stage.context
     return rows
 
-
 # The loss
 
 # Activation checkpointing: only a function's arguments are kept. The backward pass runs it again.
@@ -380,7 +376,6 @@ class Objective(nn.Module):
     def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.model.lm_head(hidden).float()
         return F.cross_entropy(logits, targets, reduction="sum")
-
 
 # Many GPUs. torchrun starts a process for each. Without it, on a CPU, there is no process group.
 
@@ -441,7 +436,6 @@ def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba 
     from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole else {}, options=from_rank_0)
     return objective
-
 
 # The trainer
 
@@ -673,8 +667,7 @@ def train(trainer: Trainer) -> bool:
 
 def print_step(trainer: Trainer, figures: dict, minutes: float) -> None:
     line = ("step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | batch {batch_size} "
-            "| {tokens_per_s:.0f} tok/s").format(**figures)
-    line += f" | {minutes:.1f} min left"
+            "| {tokens_per_s:.0f} tok/s | {minutes:.1f} min left").format(minutes=minutes, **figures)
     if trainer.args.device.type == "cuda":
         from tests.plan import utilization
         used = utilization(figures["tokens_per_s"] / world_size(), trainer.model.config)
@@ -682,7 +675,6 @@ def print_step(trainer: Trainer, figures: dict, minutes: float) -> None:
     for name, (nats, _) in figures.get("held_out", {}).items():
         line += f" | held-out {name} {nats:.4f}"
     print(line, flush=True)
-
 
 # The command line
 
@@ -706,18 +698,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
     add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
     add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
-    add("mfu", type=number(float, 1e-3, 1), default=0.33, help="part of a GPU's peak, for that plan "
-        "(default 0.33)")
-    add("micro_tokens", type=count, default=16384, help="tokens that a GPU runs at a time, but at least "
-        "a row (default 16384)")
+    part = number(float, 1e-3, 1)
+    add("mfu", type=part, default=0.33, help="part of a GPU's peak, for that plan (default 0.33)")
+    add("micro_tokens", type=count, default=16384, help="a GPU runs at a time (default 16384)")
     add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")
     add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")
     add("compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
     add("checkpoint_every", type=count, default=100, help="steps (default 100)")
-    add("checkpoint_minutes", type=number(float, 0, 2**20), default=30, help="or after so many, where "
-        "steps are slow (default 30)")
+    minutes = number(float, 0, 2**20)
+    add("checkpoint_minutes", type=minutes, default=30, help="at most, if steps are slow (default 30)")
     add("export_every", type=count, default=1000, help="steps between published models (default 1000)")
-    add("export_dtype", choices=DTYPES, help="of these (default: that of --init-from, or fp32)")
+    add("export_dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
     add("eval_every", type=count, default=200, help="steps (default 200)")
     add("keep", type=count, default=2, help="checkpoints (default 2)")
     add("device", type=device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
@@ -822,7 +813,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
     dtype = None
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
-        dtype = DTYPES.get(args.export_dtype, whole.lm_head.weight.dtype)
+        dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
     objective = build(args, config, end, whole)
     size = sum(p.numel() for p in objective.parameters())
     print(f"{size:,} parameters on {world_size()} x {args.device}, "

@@ -14,7 +14,7 @@
 | the tokenizer is Falcon's | `test_the_tokenizer_agrees_with_the_published_vectors` | equal | 47 of 47 texts |
 | the schedule is the paper's | `test_the_7b_recipe_has_the_published_values` | equal | |
 | two processes, or four passes a step, draw the curve of one | `test_two_processes_draw_the_curve_of_one`, `test_four_passes_a_step_draw_the_curve_of_one` | 2e-5 | 2e-7, 4e-7 |
-| a killed run goes on as if it had not been | `test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits`, `python tests/kill_loop.py 200` | the same bits | 80 kills, and 200 of an earlier state |
+| a killed run goes on as if it had not been | `test_signals_save_and_leave_with_0_and_resuming_gives_the_same_bits`, `python tests/kill_loop.py 200` | the same bits | 200 kills in 41 runs |
 | bad input ends in one sentence | `tests/test_bad_checkpoint.py`, `tests/test_bad_sample.py`, `tests/test_bad_train.py`, `tests/test_fuzz.py` | no traceback, no hang, no read outside the folder | 990 fuzz cases |
 | every command in README.md runs, at a small size | `tests/test_readme.py` | | |
 

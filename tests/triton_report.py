@@ -157,7 +157,7 @@ def memory() -> tuple[int, int]:
         D, bias = torch.empty(2, d)
         A = torch.empty(n, d)
         start = torch.empty(b, CHUNKS, n, d)
-        inputs = x, dt, A, B, C, D, bias, z
+        inputs = x, dt, A, B, C, D, z, bias
         _, dx, ddt, *_ = st.scan_backward._init_fn(dy, torch.empty(b, n, d), start, *inputs, None)
         others = sum(v.nbytes for v in (dy, *inputs, dx, ddt))
         return start.nbytes, max(given) - others
