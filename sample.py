@@ -20,6 +20,7 @@ from pathlib import Path
 from textwrap import shorten
 from threading import Event
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # before torch: see README, "It is slow"
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save

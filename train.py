@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # before torch: see README, "It is slow"
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -698,8 +699,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
     add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
     add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
-    part = number(float, 1e-3, 1)
-    add("mfu", type=part, default=0.33, help="part of a GPU's peak, for that plan (default 0.33)")
+    add("mfu", type=number(float, 1e-3, 1), default=0.33, help="for that plan (default 0.33)")
     add("micro_tokens", type=count, default=16384, help="a GPU runs at a time (default 16384)")
     add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")
     add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")

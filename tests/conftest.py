@@ -13,6 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "5000"       # as train.py and sample.py
 
 import pytest
 import torch
