@@ -329,8 +329,12 @@ def run(args: argparse.Namespace) -> None:
         compile_blocks()
 
     interrupted = Event()
+
+    def on_interrupt(*_):
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a second one ends at once
     if args.save_state:     # Ctrl-C then waits for a whole token, because its state is to be kept
-        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+        signal.signal(signal.SIGINT, on_interrupt)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                      stop, generator, state, reset, interrupted)
@@ -389,6 +393,9 @@ def device(text: str) -> torch.device:
 
 def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")        # None: closed
+    for stream in sys.stdin, sys.stdout:
+        if hasattr(stream, "reconfigure"):                  # Windows has another encoding for pipes
+            stream.reconfigure(encoding="utf-8", errors=stream.errors)
     parser = argparse.ArgumentParser(description="Continue a text with a Falcon-Mamba.")
     add = parser.add_argument
     add("--model", default="tiiuae/falcon-mamba-7b-pre-decay",

@@ -424,7 +424,8 @@ def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba 
     for block in model.backbone.layers:
         if args.compile:
             # Weights are arguments of compiled code, and dynamic=True leaves b and l open. So one
-            # code serves all layers and contexts. Checkpointing compiles nothing around itself.
+            # code serves all layers and contexts. It comes before checkpoint(), which turns the
+            # compiler off for what it calls unless that is compiled already.
             block.forward = torch.compile(block.forward, dynamic=True)
         if args.checkpoint_activations:
             block.forward = partial(recomputed, block.forward)
@@ -705,8 +706,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")
     add("compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
     add("checkpoint_every", type=count, default=100, help="steps (default 100)")
-    minutes = number(float, 0, 2**20)
-    add("checkpoint_minutes", type=minutes, default=30, help="at most, if steps are slow (default 30)")
+    add("checkpoint_minutes", type=number(float, 0, 2**20), default=30, help="at most (default 30)")
     add("export_every", type=count, default=1000, help="steps between published models (default 1000)")
     add("export_dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
     add("eval_every", type=count, default=200, help="steps (default 200)")
