@@ -73,6 +73,10 @@ class MambaConfig:
         """From a published config.json; ValueError if it is missing, broken, or another model's."""
         return cls(**read_config(path))
 
+# Small tensors that are fp32 in every model. A rounding of A_log would act at each token, and one of
+# dt_proj's bias, about -7, would change a token's delta by up to 1.6 %.
+KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
+
 class State(NamedTuple):
     """All that the model remembers of a text: 37 MB for the 7B, after one token or a million."""
     conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the convolution's last inputs
@@ -153,8 +157,9 @@ class Mixer(nn.Module):
         """The same for one token, normed (b, 1, m). Overwrites the states."""
         A, taps, bias = constants
         x, z = self.in_proj(normed).chunk(2, dim=-1)                # (b, 1, d), (b, 1, d)
-        x, window = self.conv(x, past, None, taps, bias)
-        past.copy_(window)
+        window = torch.cat([past.float(), x.float()], dim=1)        # (b, k, d)
+        past.copy_(window[:, 1:])
+        x = F.silu(bias + (window * taps).sum(1, keepdim=True)).to(x.dtype)
         dt, B, C = self.selection(x)
         y = scan_step(h, x, dt, A, B, C, self.D, z, self.dt_proj.bias)
         return self.out_proj(y)
@@ -196,12 +201,12 @@ class Mixer(nn.Module):
     def selection(self, x):
         """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here."""
         r, n = self.widths
-        dt, B_C = self.x_proj(x).float().split([r, 2 * n], dim=-1)  # (b, l, r), (b, l, 2 n)
+        dt, B, C = self.x_proj(x).float().split([r, n, n], dim=-1)
         # First the norm, then dt_proj, as in the reference. Its fused training kernel swaps them.
-        dt = F.rms_norm(dt, [r], eps=self.eps).to(x.dtype)
-        B, C = F.rms_norm(B_C.unflatten(-1, (2, n)), [n], eps=self.eps).unbind(-2)
-        weight = self.dt_proj.weight.to(x.dtype)    # FSDP keeps it in fp32 (train.py, shard)
-        return product(dt, weight), B, C                            # (b, l, d), (b, l, n) twice
+        dt = F.rms_norm(dt, [r], eps=self.eps)                      # (b, l, r)
+        B = F.rms_norm(B, [n], eps=self.eps)                        # (b, l, n)
+        C = F.rms_norm(C, [n], eps=self.eps)                        # (b, l, n)
+        return product(dt.to(x.dtype), self.dt_proj.weight), B, C   # (b, l, d) and the same
 
 class Block(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -213,8 +218,13 @@ class Block(nn.Module):
         out, past, h = self.mixer(self.norm(stream), past, h, reset)
         return stream + out, past, h                                # the stream stays fp32
 
-    def step(self, stream, past, h, constants):
-        return stream + self.mixer.step(self.norm(stream), past, h, constants)
+    def step(self, stream, out, past, h, constants):
+        """For one token. `out` is what the layer before adds to the stream, and the second result.
+
+        So the sum and the norm that follows it stand in one function, which is compiled.
+        """
+        stream = stream + out
+        return stream, self.mixer.step(self.norm(stream), past, h, constants)
 
 class Backbone(nn.Module):
     def __init__(self, config: MambaConfig):
@@ -272,11 +282,12 @@ class Mamba(nn.Module):
         if turn_off:
             onednn.enabled = False
         try:
-            stream = self.backbone.embeddings(token).float()        # (b, 1, m)
+            out = self.backbone.embeddings(token)                   # (b, 1, m)
+            stream = torch.zeros_like(out, dtype=torch.float32)
             layers = self.backbone.layers
             for layer, past, h, constant in zip(layers, *state, constants, strict=True):
-                stream = layer.step(stream, past, h, constant)
-            return self.lm_head(self.backbone.norm_f(stream)).float()
+                stream, out = layer.step(stream, out, past, h, constant)
+            return self.lm_head(self.backbone.norm_f(stream + out)).float()
         finally:
             if turn_off:
                 onednn.enabled = True
@@ -326,7 +337,6 @@ class Mamba(nn.Module):
 
         dtype = dtype or stored
         dtype = torch.float32 if dtype == torch.float64 else dtype
-        keep_fp32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
         in_4_bits = "in_proj.weight", "x_proj.weight", "out_proj.weight", "lm_head.weight"
         names = [name for name, _ in model.named_parameters()]
         for name in tqdm(names, "to 4 bits", disable=not quantize):
@@ -336,7 +346,7 @@ class Mamba(nn.Module):
                 bias = model.get_submodule(path).bias
                 model.set_submodule(path, Int4Linear(p.data.to(device), bias))
             else:
-                kind = torch.float32 if name.endswith(keep_fp32) else dtype
+                kind = torch.float32 if name.endswith(KEEP_FP32) else dtype
                 p.data = p.data.to(device, kind, copy=quantize)
         return model
 

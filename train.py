@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scan
-from mamba import Mamba, MambaConfig, find, read_json, replace_file
+from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, replace_file
 from sample import device, number       # these two are types for argparse
 from sample import DTYPES, end_tokens, read_tokenizer, vocabulary
 
@@ -394,20 +394,27 @@ def over_ranks(value: float) -> float:
     return total.item()
 
 def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool = False) -> None:
-    """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers a block's as it runs.
+    """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers what it is about to run.
 
-    The large products are gathered and multiplied in `dtype`. The rest of a block is small and stays
-    fp32. A rounding of A_log would act at each of thousands of steps, and one of dt_proj's bias,
-    about -7, would change a token's delta by up to 1.6 %.
+    Matrices and norms are gathered in `dtype`, a block's when the block is called. The few numbers
+    in KEEP_FP32 are gathered in fp32, those of all blocks at once. A rounding of A_log would act at
+    each of thousands of steps.
     """
     options = {"mesh": init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in objective.model.backbone.layers:
-        products = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]
-        fully_shard(products, mp_policy=policy, **options)          # gathered together
-        fully_shard(block, **options)                               # the rest of the block
-    fully_shard(objective, mp_policy=policy, **options)             # embeddings, last norm, lm_head
+    # No cast of what a block is given: the residual stream stays fp32.
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    backbone = objective.model.backbone
+
+    def exact() -> set[nn.Parameter]:       # sharding makes new parameters, so they are asked for anew
+        return {p for name, p in backbone.layers.named_parameters() if name.endswith(KEEP_FP32)}
+
+    # From outside to inside, because a module that is sharded already keeps all it has. No call is
+    # made inside a block, because what gathers there would cut the compiled block into pieces.
+    fully_shard(objective, mp_policy=policy, ignored_params={*backbone.layers.parameters()}, **options)
+    fully_shard(backbone, ignored_params={*backbone.parameters()} - exact(), **options)
+    for block in backbone.layers:
+        fully_shard(block, mp_policy=policy, ignored_params=exact(), **options)
 
 def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
     """The objective on this rank's device, with the weights of `whole`, which only rank 0 has.

@@ -27,31 +27,46 @@ H100 = DeviceProperties(type="cuda", index=0, cc=90, major=9, multi_processor_co
 class Enough(Exception):
     """Raised to stop torch.compile."""
 
-def kernels(b: int, l: int, training: bool, resets: bool = False) -> dict[str, list[int]]:
+def layer_kernels(b: int, l: int, training: bool, resets: bool = False) -> dict[str, list[int]]:
     """The bytes of each kernel of a layer's "forward" and, if training, of its "backward".
 
     Matrix products and the scan are not among them. It is an error if the graph breaks anywhere.
     """
-    found = {}
+    block, stream, past, h = inputs(b, l)
+    reset = torch.empty(b, l, dtype=torch.bool) if resets else None
+    return fused(block.forward, stream.requires_grad_(training), past, h, reset)
+
+def token_kernels() -> list[int]:
+    """The same of the step that writes one token."""
+    block, stream, past, h = inputs(1, 1)
+    out = torch.empty(1, 1, len(block.norm.weight), dtype=torch.bfloat16)
+    return fused(block.step, stream, out, past, h, block.mixer.constants())["forward"]
+
+def inputs(b: int, l: int):
+    """A block with the dtypes of a GPU, and what it reads, in memory that nobody touches."""
     config = mamba.MambaConfig()
     with torch.device("meta"):
         block = mamba.Block(config)
-    for layer in (block.norm, block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj):
-        layer.to(torch.bfloat16)
-    block.to_empty(device="cpu")            # memory that nobody touches
-    stream = torch.empty(b, l, config.d_model, requires_grad=training)
+    for name, p in block.named_parameters():
+        if not name.endswith(mamba.KEEP_FP32):
+            p.data = p.data.bfloat16()
+    block.to_empty(device="cpu")
     past = torch.empty(b, config.d_conv - 1, config.d_inner, dtype=torch.bfloat16)
     h = torch.empty(b, config.d_inner, config.d_state)
-    reset = torch.empty(b, l, dtype=torch.bool) if resets else None
+    return block, torch.empty(b, l, config.d_model), past, h
+
+def fused(call, stream, *more) -> dict[str, list[int]]:
+    """The kernels that inductor makes of call(stream, *more), with a backward if the stream has a gradient."""
+    found = {}
     inductor = partial(compile_fx.compile_fx, inner_compile=partial(group, found))
-    compiled = torch.compile(block.forward, fullgraph=True, backend=inductor)
+    compiled = torch.compile(call, fullgraph=True, backend=inductor)
     with (mock.patch.object(scan, "default_backend", lambda device, l: "triton"),
           mock.patch.object(scan_triton.triton, "JITFunction", type(None)),     # else a CPU's x is refused
           mock.patch.object(mamba, "NO_UNITS", []),             # as a GPU multiplies
           torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-          torch.set_grad_enabled(training)):
+          torch.set_grad_enabled(stream.requires_grad)):
         try:
-            compiled(stream, past, h, reset)
+            compiled(stream, *more)
         except torch._dynamo.exc.BackendCompilerFailed as e:
             if not isinstance(e.inner_exception, Enough):
                 raise

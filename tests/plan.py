@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import train
-from mamba import Mamba, MambaConfig
+from mamba import KEEP_FP32, Mamba, MambaConfig
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}   # NVIDIA's dense bf16 FLOP/s
 GPU = 80e9              # bytes of an H100's memory, or of a large A100's
@@ -188,12 +188,13 @@ class Memory(NamedTuple):
     whole_gradients: float          # bytes: they add up on each rank over several passes
 
 def memory(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool = False) -> Memory:
-    """The memory of each of `world` ranks. The large products are in `dtype`, and all else is in fp32."""
+    """The memory of each of `world` ranks. Matrices and norms are gathered in `dtype`."""
     with torch.device("meta"):      # shapes without memory
         model = Mamba(config)
     whole = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.backbone.layers[0].parameters())
     root = whole - config.n_layer * block       # embeddings, norm_f and lm_head
+    exact = sum(p.numel() for name, p in model.backbone.layers.named_parameters() if name.endswith(KEEP_FP32))
     # fully_shard deals out rows of each tensor, and rank 0 has the most.
     mine = sum(math.ceil(len(p) / world) * p.numel() // len(p) for p in model.parameters())
     kept = {
@@ -206,8 +207,8 @@ def memory(config: MambaConfig, world: int, dtype: torch.dtype, offload: bool = 
     whole_gradients = 0
     # A rank alone multiplies fp32 parameters as they are. In any other case fully_shard makes copies.
     if world > 1 or offload or dtype != torch.float32:
-        gpu["gathered: embeddings, head, 3 blocks"] = (root + 3 * block) * dtype.itemsize
-        gpu["their gradients on the way"] = max(root, 2 * block) * (dtype.itemsize + 4)
+        gpu["gathered: embeddings, head, 3 blocks"] = (root + 3 * block) * dtype.itemsize + 4 * exact
+        gpu["their gradients on the way"] = max(root, 2 * block) * (dtype.itemsize + 4) + 4 * exact
         whole_gradients = 4 * whole
     one_block = block_activations(config, dtype)
     streams = 4 * config.d_model * config.n_layer       # what enters each block, in fp32

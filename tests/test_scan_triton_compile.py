@@ -38,7 +38,7 @@ def ahead(folder):
         special = [f"{k}: {p.name}" for k, kernel in r.KERNELS.items() for p in kernel.params
                    if not (p.name.endswith("_ptr") or p.is_constexpr or p.do_not_specialize)]
         print(json.dumps(dict(found=found, layers=[r.layer(False), r.layer(True)], memory=r.memory(),
-                              wide=wide, special=special)))
+                              token=r.token(), wide=wide, special=special)))
     """)
     if not EMULATOR.is_dir() or not shutil.which("gcc"):
         return counted, None
@@ -76,6 +76,11 @@ def test_one_layer_of_the_7b_is_estimated_within_its_budget(report):
         assert ms["forward, inference"] < 4.2 and 2 * ms["forward, training"] + ms["backward"] < 17
         assert all(0 < part["kernels"] <= 18 for part in layer.values())
         assert all(part["floor GB"] < part["GB"] < 3 * part["floor GB"] for part in layer.values())
+
+def test_a_token_is_estimated_to_take_few_kernels_and_little_more_than_its_weights_bytes(report):
+    token = report["token"]
+    assert token["kernels"] <= 12 and 1e3 / token["ms"] > 150
+    assert token["states"] < 0.01 * token["weights"]
 
 def test_the_backward_keeps_and_borrows_little_memory(report):
     kept, scratch = report["memory"]

@@ -325,12 +325,12 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
         train.shard(t.objective, "cpu", torch.bfloat16)
         loss = t.objective(rows).item()
         t.adam = optimizer(t.model, recipe)
-        t.model.backbone.register_forward_pre_hook(count)
+        t.objective.register_forward_pre_hook(count, prepend=True)      # before it gathers anything
         t.adam.register_step_pre_hook(count)
         t.update()
     finally:
         dist.destroy_process_group()
-    assert {name for name in tensors if tensors[name].dtype == torch.bfloat16} == {"x", "dt", "z", "in_proj"}
+    assert {name for name in tensors if tensors[name].dtype == torch.bfloat16} == {"x", "dt", "z", "in_proj", "dt_proj"}
     assert {p.dtype for p in t.model.parameters()} == {torch.float32}
     assert loss == pytest.approx(exact, rel=0.01) and loss != exact
     assert arrived == [0, 0, 0, len([*t.model.parameters()])]
@@ -351,18 +351,27 @@ def test_compiled_blocks_and_checkpointed_activations_change_nothing(run, uninte
     assert_same_curve(tmp_path, uninterrupted)
     assert graphs and len(calls) > 2 * len(curve(uninterrupted))
 
-def test_one_compiled_code_serves_all_layers_and_batches_and_at_most_another_each_context(monkeypatch, graphs):
-    """With the GPU's scan, whose kernels are not run here: what is compiled hangs on sizes alone."""
+@pytest.mark.parametrize("sharded", [False, True])
+def test_one_compiled_code_serves_all_layers_and_batches_and_at_most_another_each_context(monkeypatch, graphs,
+                                                                                         sharded):
+    """Also with FSDP, whose hooks must not cut a block. The GPU's scan stands in it, and is not run: what is
+    compiled hangs on sizes alone."""
     monkeypatch.setattr(scan_triton, "launch", lambda *args, **sizes: None)
     monkeypatch.setattr(train.scan, "default_backend", lambda *_: "triton")
     monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     options, _ = train.parse(["--device", "cpu", "--compile", "--checkpoint-activations"])
     config = MambaConfig(vocab_size=257, d_model=8, n_layer=3, d_state=2)
-    objective = train.build(options, config, END, Mamba(config))
     found = []
-    for context, batch in (512, 2), (512, 3), (512, 8), (1024, 4), (2048, 2):
-        objective(torch.randint(257, (batch, context + 1))).backward()
-        found.append(len(graphs))
+    if sharded:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        objective = train.build(options, config, END, Mamba(config))
+        for context, batch in (512, 2), (512, 3), (512, 8), (1024, 4), (2048, 2):
+            objective(torch.randint(257, (batch, context + 1))).backward()
+            found.append(len(graphs))
+    finally:
+        if sharded:
+            dist.destroy_process_group()
     assert found[0] == 1 and found[-1] <= 3
 
 RANK = """

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import scan_triton as st
+from mamba import Mamba, MambaConfig
 from tests import layer_report
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32),
@@ -25,6 +26,7 @@ TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32
 SIZES = b, l, d, n = 1, 8192, 8192, 16      # one layer of the 7B
 SMS, CLOCK, HBM = 132, 1.755e9, 3.35e12     # H100 SXM: multiprocessors, boost clock in Hz, bytes a second
 PEAK, PRODUCTS = 989e12, 0.7                # its bf16 FLOP/s, and the part that large products reach: assumed
+REACHED, GAP = 0.8, 1.5e-6                  # of HBM by products of one token; seconds between kernels: assumed
 FLOPS = 2 * b * l * d * (3 * 4096 + 2 * 256 + 2 * n)        # of the products: d_model is 4096, dt_rank 256
 LANES = {"issue": 128, "MUFU": 16, "SHFL": 32}             # lanes a clock and SM, by kind of instruction
 # Cycles that a warp by itself takes for an instruction, and beyond that for a shuffle, for a barrier, and for
@@ -202,8 +204,8 @@ def layer(resets: bool = False) -> dict[str, dict]:
     """What a whole layer takes: ms of its matrix products, of its scan, and of the rest as inductor makes it."""
     scan = total(resets)
     waits = total(resets, waits=True)
-    inference = layer_report.kernels(b, l, False, resets)
-    training = layer_report.kernels(b, l, True, resets)
+    inference = layer_report.layer_kernels(b, l, False, resets)
+    training = layer_report.layer_kernels(b, l, True, resets)
     # At the least, the forward moves 6 rows. RMSNorm reads the stream in fp32, and writes half a row. The
     # convolution reads a row and writes one. The last sum reads half a row and the stream, and writes the stream.
     # The backward moves 9. The stream's gradient is rounded: 1.5. The convolution reads x and two gradients and
@@ -215,6 +217,27 @@ def layer(resets: bool = False) -> dict[str, dict]:
                    "waits": waits[way] - scan[way], "rest": sum(sizes) / HBM * 1e3, "kernels": len(sizes),
                    "GB": sum(sizes) / 1e9, "floor GB": rows * 2 * b * l * d / 1e9}
             for name, (products, way, sizes, rows) in passes.items()}
+
+def token() -> dict:
+    """What it takes to write one token with the 7B, by --compile, whose kernels a graph replays."""
+    config = MambaConfig()
+    with torch.device("meta"):
+        model = Mamba(config)
+    weights = sum(2 * p.numel() for name, p in model.named_parameters() if "embeddings" not in name)
+    states = sum(2 * v.nbytes for layers in model.blank_state(1) for v in layers)       # read and written
+    rest = layer_report.token_kernels()
+    kernels = 4 + 1 + len(rest)                 # products, the scan's step, and what inductor fuses
+    size = weights + states + config.n_layer * sum(rest)
+    ms = size / (REACHED * HBM) * 1e3 + config.n_layer * kernels * GAP * 1e3
+    return {"kernels": kernels, "weights": weights, "states": states, "ms": ms}
+
+def print_token() -> None:
+    found = token()
+    print(f"\nOne token of the 7B with sample.py --compile: {found['kernels']} kernels a layer (four products, the "
+          f"scan's step, the rest as inductor fuses it),\n{found['weights'] / 1e9:.2f} GB of weights, "
+          f"{found['states'] / 1e6:.0f} MB of states read and written. At {REACHED:.0%} of 3.35 TB/s and with "
+          f"{GAP * 1e6} us between the kernels of a graph,\nwhich is assumed, it takes {found['ms']:.2f} ms: "
+          f"{1e3 / found['ms']:.0f} tokens/s.")
 
 def print_layer() -> None:
     print(f"\nThe whole layer. Its matrix products reach {PRODUCTS:.0%} of {PEAK / 1e12:.0f} TFLOP/s, which is "
@@ -275,6 +298,7 @@ def main() -> None:
                          "TRITON_INTERPRET, which is 1")
     print_kernels()
     print_layer()
+    print_token()
     if torch.cuda.is_available():
         measured()
     else:
