@@ -17,7 +17,8 @@ only one thing to the state that enters it, h_end = decay * h_start + local:
     pass 3   scan_kernel     every chunk at once, from that state: y
 
 The backward does the same to dh, from the end of time: replay_kernel, carry_kernel, adjoint_kernel.
-A single chunk takes three launches too. Only scan.step, for one token, takes one: step_kernel.
+A single chunk takes three launches too. Only scan.step, whose one token cannot be cut, takes one:
+step_kernel.
 
 `python scan_triton.py` compiles them all, with or without a GPU. It prints their registers and
 their time on an H100, and that of a whole layer: estimated, and never measured. Next: mamba.py.
@@ -34,9 +35,11 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-CHUNK = 128             # steps; the states kept are then a quarter of x: 16 x 4 bytes of 128 x 2
+# Steps. A state a chunk is kept, for 8192 tokens of a layer of the 7B 34 MB of 4.3 GB. That is a
+# quarter of x: for each channel 16 numbers of 4 bytes, beside 128 of 2.
+CHUNK = 128
 STEPS = 4               # a block of so many is loaded at once, before the first is computed
-SCRATCH = 400 << 20     # bytes: the states of all chunks that the backward takes at a time
+SCRATCH = 400 << 20     # bytes of states before blocks that the backward makes at a time
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
@@ -225,7 +228,8 @@ def step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t,   ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}
 # To run h backwards would be to divide by decays, which are nearly 0, or 0 at a reset. So h is
-# computed again, from the state that enters the chunk, which the forward kept.
+# computed again, from the state that enters the chunk, which the forward kept. In all, a state is
+# computed four times: by reduce, scan, replay and adjoint.
 # Number a chunk's steps 1, 2, 3 and let e_t be exp(u_t). It hands e_1 dh_1 to the chunk before it:
 #     e_1 (C_1 ds_1 + e_2 (C_2 ds_2 + e_3 (C_3 ds_3 + what enters at the end)))
 #     = (e_1 C_1 ds_1 + e_1 e_2 C_2 ds_2 + e_1 e_2 e_3 C_3 ds_3) + e_1 e_2 e_3 (what enters)

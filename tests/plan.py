@@ -20,7 +20,7 @@ GPU = 80e9              # bytes of an H100's memory, or of a large A100's
 OVERHEAD = 5e9          # bytes that CUDA, NCCL and fragments take: our guess
 TWO_MONTHS = 61         # days: about what the report gives for the 7B on 256 H100
 # Milliseconds, forward and backward, of a layer of the 7B for 8192 tokens on an H100: `python scan_triton.py`
-# estimates them, and prints how.
+# estimates them, and prints how. The backward of the scan is with assumed waits.
 LAYER = {"matrix products": (2.49, 4.98), "scan": (0.72, 2.55), "the rest": (0.42, 0.98)}
 PIECE = 1024            # tokens whose logits exist at a time, in train.py
 AT_LEAST = 0.75         # of the memory that is planned here a step takes: test_plan.py measures it
