@@ -1,15 +1,15 @@
 """The selective scan: a recurrent network whose steps can run in parallel.
 
-Each of d channels has a state h of n numbers, and each number fades on its own. With all products
-elementwise, h'(t) = A h(t) + B(t) x(t). A is negative, learned, and the same at all t: how fast a
-number fades. B says how the input x is written, and C, below, how h is read. One token is a time
-step of length delta_t, in which B and x are constant, a zero-order hold. At its end, exactly,
+Each of d channels has a state h of n numbers, and each number fades on its own. For one of them,
+h'(t) = A h(t) + B(t) x(t). A is negative, learned, and the same at all t: how fast a number fades.
+B says how the input x is written, and C, below, how h is read. One token is a time step of length
+delta_t, in which B and x are constant, a zero-order hold. At its end, exactly,
 
     h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A * B_t x_t
 
-The fraction is the integral of exp(s A) for s from 0 to delta_t. Mamba's code writes delta_t for
-it. Near delta_t A = 0 the two agree. At -1.6 that is twice as much, and the weights are trained
-with it. So (Mamba, arXiv 2312.00752):
+The fraction is the integral of exp(s A) for s from 0 to delta_t. Mamba's code has delta_t in its
+place, and the weights are trained so. The two agree near delta_t A = 0. At -1.6 delta_t is twice
+the fraction. So (Mamba, arXiv 2312.00752):
 
     delta_t = softplus(dt_t + dt_bias)                a raw number, made a positive time
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t    Eq. 2a; the exact one is Eq. 4
@@ -22,7 +22,7 @@ At one t, x_t, delta_t, z_t, D and y_t are (d,). B_t and C_t are (n,). A and h_t
 delta_t B_t x_t is an outer product, (d, n). C_t . h_t sums over n.
 
 This file says it as a loop, as a tree, and in chunks with a backward derived by hand. `python
-scan.py` prints the error and the time of each. Next: scan_triton.py, which says it for a GPU.
+scan.py` times each, and prints its gradients' error. Next: scan_triton.py, which says it for a GPU.
 Sizes: b batch, l length, d channels, n numbers of state a channel, c steps in a chunk.
 """
 import importlib.util
@@ -40,7 +40,7 @@ def naive(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     h = h0                                                           # (b, d, n)
     y = []
     for t in range(x.shape[1]):
-        if reset is not None:       # a new document: forget. The other scans make the decay 0
+        if reset is not None:       # a new document: forget, as a decay of 0 would
             h = h.masked_fill(reset[:, t, None, None], 0)
         decay = torch.exp(delta[:, t, :, None] * A)                  # (b, d, n)
         drive = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]   # (b, d, n)
@@ -57,7 +57,7 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
 #     a2 (a1 h + b1) + b2 = (a2 a1) h + (a2 b1 + b2)
 # Merge steps 0 and 1, 2 and 3, ..., all at once. The scan of these merged steps is h_1, h_3, ...:
 # the same problem, half as long. Then take the rest, all at once: h_2 = a_2 h_1 + b_2. In all that
-# is 2 log2(l) - 1 parallel steps, nineteen for l = 1024. assets/tree.svg shows them.
+# is 2 log2(l) - 1 parallel moves, nineteen for l = 1024. assets/tree.svg shows them.
 def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     """O(l) work. Holds a few times (b, l, d, n)."""
     delta = F.softplus(dt + dt_bias)                                 # (b, l, d)
@@ -65,7 +65,7 @@ def parallel(x, dt, A, B, C, D, z, dt_bias, h0, reset):
     if reset is not None:
         decay = decay.masked_fill(reset[..., None, None], 0)
     drive = (delta * x)[..., None] * B[:, :, None, :]                # (b, l, d, n)
-    drive[:, 0] += decay[:, 0] * h0                                  # step 0 is taken from h0
+    drive[:, 0] += decay[:, 0] * h0                                  # the first step, from h0
     h = merge_pairs(decay, drive)                                    # (b, l, d, n)
     y = (h @ C[..., None])[..., 0]                                   # (b, l, d), C_t . h_t
     return skip_and_gate(y, x, D, z), h[:, -1]
@@ -74,21 +74,21 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
     """h_t = decay_t h_{t-1} + drive_t for every t along dim 1, from h_{-1} = 0."""
     if drive.shape[1] == 1:
         return drive
-    a1, b1 = decay[:, :-1:2], drive[:, :-1:2]       # steps 0, 2, 4, ..., but not a last one alone
+    a1, b1 = decay[:, :-1:2], drive[:, :-1:2]       # steps 0, 2, 4, ... that have a successor
     a2, b2 = decay[:, 1::2], drive[:, 1::2]                          # steps 1, 3, 5, ...
     odd = merge_pairs(a2 * a1, a2 * b1 + b2)                         # h_1, h_3, h_5, ...
-    h = drive.clone()                                                # h_0 is right already
+    h = drive.clone()                                                # the first is done
     h[:, 1::2] = odd
-    n_even = (h.shape[1] - 1) // 2                                   # of h_2, h_4, h_6, ...
+    n_even = (h.shape[1] - 1) // 2                                   # how many: h_2, h_4, ...
     h[:, 2::2] += decay[:, 2::2] * odd[:, :n_even]
     return h
 
 # Third, for training on a CPU: the loop, with the decays of a chunk of steps computed at once.
-# Beyond the inputs, only the state before each chunk is kept. So (b, l, d, n) never exists: for 8192
-# tokens of a layer of the 7B it would be 4.3 GB, and 134 MB are kept. From them the backward makes
-# a chunk's states again. To run h backwards in time would be to divide by decays that are near 0.
-# Write dv for the gradient dL/dv of any v; that of the last h is given. The forward's parts come
-# first, then their gradients, from y back to the inputs:
+# Beyond the inputs, only the state before each chunk is kept. So (b, l, d, n) never exists: of 8192
+# tokens of a layer of the 7B, 134 MB are kept instead of 4.3 GB. From them the backward makes a
+# chunk's states again. To run h backwards in time would be to divide by decays that are near 0.
+# Here dv is the gradient dL/dv of any v but the input dt, whose gradient is ddt. That of the last h
+# is given. The forward's parts come first, then their gradients, from y back to the inputs:
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t
 #     ds_t = dy_t SiLU(z_t)
 #     dh_t = C_t ds_t + exp(u_{t+1}) dh_{t+1}       because s_t and h_{t+1} both read h_t
@@ -112,7 +112,7 @@ def run_chunk(chunk: slice, w, delta, A, B, reset, h, buffers: list[Tensor]):
         decays[reset[:, chunk]] = 0
     drives = torch.mul(w[:, chunk, None], B[:, chunk, :, None], out=hs)
     for decay, drive in zip(decays.unbind(1), drives.unbind(1)):
-        drive.addcmul_(decay, h)        # decay h + drive: in the drive's memory is now the state
+        drive.addcmul_(decay, h)        # decay h + drive, written over the drive: the state
         h = drive
     return decays, hs
 
@@ -127,7 +127,7 @@ class Chunked(torch.autograd.Function):
         w = delta * x
         y = torch.empty_like(x)
         starts = []                                                  # the state before each chunk
-        ctx.steps = 32 if len(x) == 1 else 16                        # c, by trial
+        ctx.steps = 32 if len(x) == 1 else 16                        # c: these were fastest
         buffers = [h.new_empty(len(x), ctx.steps, *A.shape) for _ in range(2)]
         for t in range(0, x.shape[1], ctx.steps):
             chunk = slice(t, t + ctx.steps)
@@ -148,7 +148,7 @@ class Chunked(torch.autograd.Function):
         s = D * x                                                    # ... + C . h, below
         dw, ddelta = torch.empty_like(x), torch.empty_like(x)
         dB, dC, dA = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A)
-        carry = dh_last.mT.contiguous()     # exp(u_{t+1}) dh_{t+1} of a chunk's last t
+        carry = dh_last.mT.contiguous()     # what the later steps add to a chunk's dh; at last dh0
         buffers = [carry.new_empty(len(x), ctx.steps, *A.shape) for _ in range(3)]
         for i in reversed(range(len(starts))):
             chunk = slice(i * ctx.steps, (i + 1) * ctx.steps)
@@ -163,10 +163,10 @@ class Chunked(torch.autograd.Function):
             dC[:, chunk] = (ds[:, chunk, None] @ hs.mT)[:, :, 0]
             dB[:, chunk] = (w[:, chunk, None] @ dhs.mT)[:, :, 0]
             dw[:, chunk] = (B[:, chunk, None] @ dhs)[:, :, 0]
-            du = dhs.mul_(decays)           # dh_t exp(u_t), in the memory of dhs ...
-            du[:, 0] *= starts[i]           # ... h_{t-1}
+            du = dhs.mul_(decays)           # dh_t exp(u_t) h_{t-1}, written over dhs
+            du[:, 0] *= starts[i]
             du[:, 1:] *= hs[:, :-1]
-            ddelta[:, chunk] = torch.mul(A, du, out=decays).sum(2)   # decays' memory serves A du
+            ddelta[:, chunk] = torch.mul(A, du, out=decays).sum(2)   # A du, written over decays
             dA += du.mul_(delta[:, chunk, None]).sum((0, 1))
         # Each result takes the memory of its first term, or training would need more of it.
         ddelta.addcmul_(x, dw)                                       # ... + x dw
@@ -176,7 +176,7 @@ class Chunked(torch.autograd.Function):
         dD = (x * ds).sum((0, 1))
         return dx, ddt, dA.T, dB, dC, dD, dz, ddt.sum((0, 1)), carry.mT, None
 
-BACKENDS = {"naive": naive, "parallel": parallel, "chunked": Chunked.apply}      # and "triton"
+BACKENDS = {"naive": naive, "parallel": parallel, "chunked": Chunked.apply}      # not "triton"
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, dt_bias: Tensor | None = None, h0: Tensor | None = None,
@@ -202,8 +202,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         raise ValueError(f"backend {backend!r} is none of auto, triton, {', '.join(BACKENDS)}")
     inputs = [x, dt, A, B, C, D, z, dt_bias, h0]
     inputs = [None if v is None else v.float().contiguous() for v in inputs]
-    known = torch.amp.is_autocast_available(x.device.type)
-    with torch.autocast(x.device.type if known else "cpu", enabled=False):      # no 16-bit products
+    casts = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type if casts else "cpu", enabled=False):      # no 16-bit products
         y, h = BACKENDS[backend](*inputs, reset)
     return y.to(x.dtype), h
 

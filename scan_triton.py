@@ -35,11 +35,11 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-# Steps. A state a chunk is kept, for 8192 tokens of a layer of the 7B 34 MB of 4.3 GB. That is a
-# quarter of x: for each channel 16 numbers of 4 bytes, beside 128 of 2.
+# Steps. One state a chunk is kept: of 8192 tokens of a layer of the 7B 34 MB, of 4.3 GB. For each
+# channel these are 16 x 4 bytes a chunk, beside 128 x 2 of its x.
 CHUNK = 128
-STEPS = 4               # a block of so many is loaded at once, before the first is computed
-SCRATCH = 400 << 20     # bytes of states before blocks that the backward makes at a time
+STEPS = 4               # of a block, which is a stretch of time: loaded whole, then computed
+SCRATCH = 400 << 20     # bytes at most, in the backward, for the states that enter blocks
 CHANNELS = tl.constexpr(32)                 # of a program: one a thread; kernels need a constexpr
 LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(v log2(e))
 
@@ -60,17 +60,18 @@ def softplus(v):
 
 @triton.jit
 def find_chunk(l, first, chunk, chunks, d):
-    # Each sequence has `chunks` chunks of `chunk` steps, from step `first` on. k numbers those of
-    # the whole batch. Programs go chunk by chunk, and in each by groups of 32 channels. int64,
-    # because offsets are made from it and may pass 2^31.
+    # -> k, a chunk's number in the batch, then its sequence, start and end. Each sequence has
+    # `chunks` chunks of `chunk` steps, from step `first` on. A program has 32 channels of a chunk.
+    # k is int64, because offsets are made from it and may pass 2^31.
     k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
     start = first + (k % chunks).to(tl.int32) * chunk
     return k, k // chunks, start, tl.minimum(start + chunk, l)
 
 @triton.jit
 def find_channels(d, n):
-    # c: the program's channels. i: the n numbers, padded to a power of 2. tile: where they lie in a
-    # tensor (n, d). inside: which exist. In this order, neighbouring threads read neighbours.
+    # c: the program's channels (not scan.py's c). i: the n numbers, padded to a power of 2. tile:
+    # where they lie in a tensor (n, d), so that neighbouring threads read neighbours. inside: which
+    # of them exist.
     c = tl.program_id(0) % tl.cdiv(d, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
     i = tl.arange(0, triton.next_power_of_2(n))
     tile = i[:, None] * d + c[None, :]
@@ -85,7 +86,7 @@ def load(ptr, at, mask, other=0.0):
 def load_rows(ptr, row, rest, c, d, BLOCK, other=0.0):
     # A block of a tensor (b, l, d), if it is not None. A row is one step of one sequence. `rest` is
     # how many are left of the chunk. For dt `other` is -inf: past the end come steps of no time.
-    # The mask is (j < rest) & (c < d), which Triton's interpreter gets wrong in this form.
+    # The mask is (j < rest) & (c < d), in a form that Triton's interpreter gets right.
     rows = ()
     if ptr is not None:
         for j in tl.static_range(BLOCK):
@@ -99,7 +100,7 @@ def store_rows(ptr, rows, row, rest, c, d, BLOCK):
 
 @triton.jit
 def load_BC(ptr, row, j, rest, i, n):
-    # Step j of a block of (b, l, n). Past the end, where delta x and ds are 0, the last row again.
+    # Step j of a block of (b, l, n). Past the end the last row, for delta x and ds are 0 there.
     return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
 
 @triton.jit
@@ -109,7 +110,7 @@ def load_forget(ptr, at, mask):
 
 @triton.jit
 def advance(h, x, dt, A2, B, forget):
-    # A step of the recurrence: the next h, (n, CHANNELS), and exp(delta A). A2 is A log2(e).
+    # A step: the next h, (n, CHANNELS), and `fade`, scan.py's decay. A2 is A log2(e).
     delta = softplus(dt)
     fade = tl.exp2(delta[None, :] * A2 + forget)
     return fade * h + (delta * x)[None, :] * B[:, None], fade
@@ -117,10 +118,11 @@ def advance(h, x, dt, A2, B, forget):
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
 # bool. z and reset may be None. BLOCK is the steps of a block.
 
-# Triton compiles a kernel again for a size of 1, and for sizes that 16 divides. Not for these.
+# Triton would compile anew for a size of 1, and for multiples of 16. For these it does not.
 LENGTHS = ["l", "first", "chunk", "chunks"]
-# Where 16 divides an address, Triton loads 4 neighbouring channels into a thread. Then a channel
-# lies in 4 threads, and each sum over n passes between them. Not told, a thread gets one channel.
+# Told that 16 divides an address, Triton would put 4 channels in a thread, and so each channel's n
+# numbers in 4 threads, which must exchange every sum over n. Not told, it puts a whole channel in a
+# thread.
 STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
@@ -153,7 +155,7 @@ def reduce_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, reset_ptr,
     tl.store(local_ptr + k * n * d + tile, h, inside)
 
 # Pass 2, for the backward's dh too:   for each chunk: h = decay * h + local
-# Each of a state's size = n * d numbers goes its own way here.
+# A state is taken as `size` = n * d separate numbers here.
 @triton.jit(do_not_specialize=LENGTHS)
 def carry_kernel(h_ptr,         # (b, size): what enters the first, then what leaves the last
                  decay_ptr,     # (b, chunks, size)
@@ -199,7 +201,7 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, rese
             if z_ptr is not None:
                 y *= zs[j] * tl.sigmoid(zs[j])
             ys += (y,)
-        store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, so that no load waits for it
+        store_rows(y_ptr, ys, row, rest, c, d, BLOCK)     # last, because no load may pass a store
 
 # One token, with no reset. The state is the model's own, and lies (d, n). So does A here.
 @triton.jit
@@ -296,7 +298,7 @@ def replay_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, re
 #                   dh = dh + C_t ds_t
 #                   the other gradients of step t
 #                   dh = exp(u_t) dh
-# Its sums over d pass between threads anyway, and so Triton may choose who holds what.
+# It is no thread_per_channel, because its sums over d pass between threads anyway.
 @triton.jit(do_not_specialize=LENGTHS)
 def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
                    dy_ptr,             # (b, l, d)
@@ -336,8 +338,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, r
         for j in tl.static_range(BLOCK - 1, -1, -1):
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
-            # Past the end it is 0 anyway. But this mask keeps the compiler from saving each `fade`
-            # from above for this loop's last line, which takes too many registers.
+            # The mask changes nothing: past the end delta is 0 anyway. But it makes this another
+            # delta than above to the compiler, which else keeps each `fade`, in too many registers.
             delta = tl.where(j < rest, softplus(dts[j] + bias), 0.0)
             w = delta * xs[j]
             ds = dys[j]
@@ -345,7 +347,7 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, r
                 ds *= zs[j] * tl.sigmoid(zs[j])
             h = faded[j] + w[None, :] * B[:, None]      # once more: cheaper than to keep it
             dh += C[:, None] * ds[None, :]
-            # Past the end too: backward_chunks cuts that off.
+            # This writes past the end too, which backward_chunks cuts off.
             at = (tl.program_id(0).to(tl.int64) * chunk + t - start + j) * n + i
             tl.store(dB_ptr + at, tl.sum(dh * w[None, :], 1), i < n)
             tl.store(dC_ptr + at, tl.sum(h * ds[None, :], 1), i < n)
@@ -369,13 +371,13 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, r
 INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor bias"
 
 def launch(kernel, count: int, width: int, *args, **sizes) -> None:
-    """Run `count` times a program for every CHANNELS of the width."""
+    """Run a kernel in count x ceil(width / CHANNELS) programs."""
     grid = (count * triton.cdiv(width, CHANNELS),)  # one axis, because the others end at 65535
     with torch.cuda.device_of(args[0]):             # Triton would take the current GPU
         kernel[grid](*args, **sizes, num_warps=1, enable_fp_fusion=True)    # a * b + c at once
 
 def block_steps(n: int) -> int:
-    """BLOCK in the backward. A thread's registers hold 64 numbers; for n > 32 they spill."""
+    """BLOCK in the backward: registers have room for 64 numbers of `faded`. n > 32 spills."""
     return max(1, min(STEPS, 64 // triton.next_power_of_2(n)))
 
 def contiguous(*tensors):
@@ -397,7 +399,7 @@ def scan(h0, *inputs):
     launch(scan_kernel, b * chunks, d, *inputs, start, y, **sizes)
     return y, h, start
 
-@scan.register_fake     # it makes the outputs, and tells torch.compile their shapes
+@scan.register_fake     # scan allocates with it, torch.compile asks it for shapes
 def empty_outputs(h0, x, *_):
     b, n, d = h0.shape
     start = h0.new_empty(b, triton.cdiv(x.shape[1], CHUNK), n, d)
