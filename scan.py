@@ -22,7 +22,7 @@ At one t, x_t, delta_t, z_t, D and y_t are (d,). B_t and C_t are (n,). A and h_t
 delta_t B_t x_t is an outer product, (d, n). C_t . h_t sums over n.
 
 This file says it as a loop, as a tree, and in chunks with a backward derived by hand. `python
-scan.py` times each, and prints its gradients' error. Next: scan_triton.py, which says it for a GPU.
+scan.py` times each, and prints its error. Next: scan_triton.py, which says it for a GPU.
 Sizes: b batch, l length, d channels, n numbers of state a channel, c steps in a chunk.
 """
 import importlib.util
@@ -247,15 +247,15 @@ if __name__ == "__main__":
     B, C = torch.randn(2, b, l, n)
     D, dt_bias = torch.randn(2, d)
     inputs = [x, dt, -torch.randn(d, n).abs(), B, C, D, z, dt_bias, torch.randn(b, d, n)]
-    print(f"{(b, l, d, n) = }: one run each, forward and backward; largest error of a gradient")
+    print(f"{(b, l, d, n) = }: one run each, forward and backward; largest error")
     runs = [("naive", torch.float64)] + [(name, torch.float32) for name in BACKENDS]
     for name, dtype in runs:
         leaves = [v.to(dtype).requires_grad_() for v in inputs]
         start = time.perf_counter()
         y, h = BACKENDS[name](*leaves, None)
-        gradients = torch.autograd.grad(y.square().sum() + h.square().sum(), leaves)
+        found = y, h, *torch.autograd.grad(y.square().sum() + h.square().sum(), leaves)
         ms = 1e3 * (time.perf_counter() - start)
         if dtype == torch.float64:
-            exact = gradients
-        errors = [(v - e).abs().max() / e.abs().max() for v, e in zip(gradients, exact)]
+            exact = found
+        errors = [(v - e).abs().max() / e.abs().max() for v, e in zip(found, exact)]
         print(f"{name:10}{str(dtype):16}{ms:8.1f} ms{max(errors).item():12.1e}")

@@ -410,8 +410,8 @@ def schedule() -> str:
     """The 7B's learning rate, batch and context, from the functions that train.py trains with."""
     import train        # here, because it takes seconds
     recipe = train.RECIPES["falcon-mamba-7b"]
-    panels = {"learning rate": train.learning_rate, "sequences a step": train.batch_size,
-              "tokens a sequence": train.context_length}
+    panels = {"learning rate": train.learning_rate, "rows a step": train.batch_size,
+              "context, in tokens": train.context_length}
     marks = []
     for row, end in enumerate([100 * 10**9, recipe.total_tokens]):
         seen = [end * i // 400 for i in range(401)]
