@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scan
-from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, replace_file
+from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, write_file
 from sample import device, number       # these two are types for argparse
 from sample import DTYPES, end_tokens, read_tokenizer, vocabulary
 
@@ -596,11 +596,6 @@ class Trainer:
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted((out / "checkpoints").glob("step-*[0-9]"))
-
-def write_file(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content)
-    replace_file(unfinished, path)
 
 def prepare(out: Path, steps: int) -> None:
     """Make the folder of a run, without what a killed run did beyond these steps."""
