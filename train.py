@@ -53,8 +53,7 @@ from tqdm import tqdm
 
 import scan
 from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, write_file
-from sample import device, number       # these two are types for argparse
-from sample import DTYPES, end_tokens, read_tokenizer, vocabulary
+from sample import DTYPES, device, end_tokens, number, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
 
