@@ -683,42 +683,39 @@ def print_step(trainer: Trainer, figures: dict, minutes: float) -> None:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
+    add = parser.add_argument
     count = number(int, 1, 2**60)
     yes_no = argparse.BooleanOptionalAction
-
-    def add(name: str, **more) -> None:
-        parser.add_argument("--" + name.replace("_", "-"), **more)
-
-    add("recipe", choices=RECIPES, help="where all else comes from; tiny, or with --init-from continue")
-    add("data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
+    add("--recipe", choices=RECIPES, help="where all else comes from; tiny, or with --init-from continue")
+    add("--data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
         "them, or corpus; repeat for more (default: Python's standard library)")
-    add("mixture", help="the sources' shares, as 'web:9 code:1'")
-    add("context", type=number(int, 1, 2**20), help="tokens per row")
-    add("out", type=Path, default="out", help="folder for all results (default out)")
-    add("tokenizer", type=Path, help="tokenizer.json; else the model's, a corpus's, or of bytes")
-    add("tokenize_to", type=Path, help="only write --data to this folder, as a corpus")
-    add("resume", action=yes_no, help="go on from the last checkpoint in --out, if it has one")
-    add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
-    add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
-    add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
-    add("mfu", type=number(float, 1e-3, 1), default=0.33, help="for that plan (default 0.33)")
-    add("micro_tokens", type=count, default=16384, help="a GPU runs at a time (default 16384)")
-    add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")
-    add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")
-    add("compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
-    add("checkpoint_every", type=count, default=100, help="steps (default 100)")
-    add("checkpoint_minutes", type=number(float, 0, 2**20), default=30, help="at most (default 30)")
-    add("export_every", type=count, default=1000, help="steps between published models (default 1000)")
-    add("export_dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
-    add("eval_every", type=count, default=200, help="steps (default 200)")
-    add("keep", type=count, default=2, help="checkpoints (default 2)")
-    add("device", type=device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
+    add("--mixture", help="the sources' shares, as 'web:9 code:1'")
+    add("--context", type=number(int, 1, 2**20), help="tokens per row")
+    add("--out", type=Path, default="out", help="folder for all results (default out)")
+    add("--tokenizer", type=Path, help="tokenizer.json; else the model's, a corpus's, or of bytes")
+    add("--tokenize-to", type=Path, help="only write --data to this folder, as a corpus")
+    add("--resume", action=yes_no, help="go on from the last checkpoint in --out, if it has one")
+    add("--eval-only", action=yes_no, help="only print the held-out loss of --init-from, or --out")
+    add("--plan", action=yes_no, help="only print the run's steps, rates, days and memory")
+    add("--world-size", type=count, default=1, help="GPUs, for that plan (default 1)")
+    add("--mfu", type=number(float, 1e-3, 1), default=0.33, help="for that plan (default 0.33)")
+    add("--micro-tokens", type=count, default=16384, help="a GPU runs at a time (default 16384)")
+    add("--checkpoint-activations", action=yes_no, help="a third more time, for far less memory")
+    add("--offload", action=yes_no, help="keep weights, gradients and Adam's state in the host's memory")
+    add("--compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
+    add("--checkpoint-every", type=count, default=100, help="steps (default 100)")
+    add("--checkpoint-minutes", type=number(float, 0, 2**20), default=30, help="at most (default 30)")
+    add("--export-every", type=count, default=1000, help="steps between published models (default 1000)")
+    add("--export-dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
+    add("--eval-every", type=count, default=200, help="steps (default 200)")
+    add("--keep", type=count, default=2, help="checkpoints (default 2)")
+    add("--device", type=device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
     for f in fields(Recipe)[:-1]:                       # the last, stages, has no flag
-        add(f.name, default=argparse.SUPPRESS, **f.metadata)
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **f.metadata)
     sizes = [f for f in fields(MambaConfig) if not f.name.endswith("_id")]      # ids: the tokenizer's
     for f in sizes:
         kind = {"action": yes_no} if f.type is bool else {"type": number(f.type, 0, 2**60)}
-        add(f.name, default=argparse.SUPPRESS, help="of a fresh model", **kind)
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help="of a fresh model", **kind)
     args = parser.parse_args(arguments)
 
     args.given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
