@@ -464,7 +464,6 @@ class Trainer:
     objective: Objective
     tokenizer: Tokenizer
     sources: dict[str, Source]
-    export_dtype: torch.dtype | None = torch.float32        # None on other ranks than 0
     step: int = 0
     tokens: int = 0
 
@@ -589,7 +588,7 @@ class Trainer:
         if rank() == 0:
             weights = {}
             for name, _ in self.model.named_parameters():               # a tied tensor once
-                weights[name] = gathered.pop(name).to(self.export_dtype, copy=True)
+                weights[name] = gathered.pop(name).to(self.args.export_dtype, copy=True)
             self.model.save_pretrained(self.args.out, weights)
 
 def checkpoints(out: Path) -> list[Path]:
@@ -808,15 +807,14 @@ def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
         check_memory(args, recipe, config, world_size())
     torch.manual_seed(recipe.seed)
     whole = None
-    dtype = None
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
-        dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
+        args.export_dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
     objective = build(args, config, end, whole)
     size = sum(p.numel() for p in objective.parameters())
     print(f"{size:,} parameters on {world_size()} x {args.device}, "
           f"scan: {scan.default_backend(args.device, 2)}\n{config}")
-    return Trainer(args, recipe, objective, tokenizer, sources, dtype)
+    return Trainer(args, recipe, objective, tokenizer, sources)
 
 def run(args: argparse.Namespace, recipe: Recipe) -> None:
     """Evaluate a model, write a corpus, or train."""
