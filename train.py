@@ -144,9 +144,10 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
         rate *= recipe.decay_factor ** -progress(decaying, recipe.decay_tokens)
     return rate
 
-def scaled(recipe: Recipe, total: int, given: dict) -> Recipe:
-    """The recipe over `total` tokens: each phase and stage keeps its share. Then `given` is set."""
-    lengths = {"total_tokens": total}
+def scaled(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe with the values `given`. Other lengths keep their share of total_tokens."""
+    total = given.get("total_tokens", recipe.total_tokens)
+    lengths = {}
     for name in "warmup_tokens", "ramp_tokens", "decay_tokens":
         lengths[name] = getattr(recipe, name) * total // recipe.total_tokens
     stages = tuple(replace(stage, start=stage.start * total // recipe.total_tokens)
@@ -723,8 +724,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     recipe = RECIPES[args.recipe]
     stages = tuple(Stage(stage.start, args.context or stage.context, args.mixture or stage.mixture)
                    for stage in recipe.stages)
-    total = args.given.get("total_tokens", recipe.total_tokens)
-    recipe = scaled(replace(recipe, stages=stages), total, args.given)
+    recipe = scaled(replace(recipe, stages=stages), args.given)
     if args.eval_only and recipe.init_from is None:
         recipe = replace(recipe, init_from=str(args.out))
     if recipe.init_from is not None and args.sizes:
@@ -776,10 +776,10 @@ def fitted(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source])
         context //= 2
     share = shares(stage.mixture)
     epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
-    total = args.given.get("total_tokens", int(epoch))
-    rows = min(max(1, total // (200 * context)), recipe.batch_end)
+    given = {"total_tokens": int(epoch)} | args.given
+    rows = min(max(1, given["total_tokens"] // (200 * context)), recipe.batch_end)
     recipe = replace(recipe, stages=(replace(stage, context=context),))
-    return scaled(recipe, total, {"batch_end": rows} | args.given)
+    return scaled(recipe, {"batch_end": rows} | given)
 
 def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one for so many tokens."""

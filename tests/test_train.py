@@ -130,7 +130,7 @@ def test_the_learning_rate_follows_the_batch_by_its_square_root(typed, peak):
     assert learning_rate(recipe, stable) == pytest.approx(peak)
 
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
-    short = train.scaled(SEVEN, 5500 * GT // 1000, {})
+    short = train.scaled(SEVEN, {"total_tokens": 5500 * GT // 1000})
     for t in (0, 3, 25, 1000, 5200, 5500):
         assert learning_rate(short, t * GT // 1000) == pytest.approx(learning_rate(SEVEN, t * GT))
         assert context_length(short, t * GT // 1000) == context_length(SEVEN, t * GT)
