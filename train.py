@@ -474,13 +474,10 @@ class Trainer:
         self.positions = dict.fromkeys(self.sources, 0)     # how far each source has been read
 
     def passes(self, rows: list[np.ndarray]) -> tuple[Tensor, ...]:
-        """This rank's share of the rows, about --micro-tokens at a time: tensors (b, l + 1).
-
-        All ranks make the same number of passes. A missing row is one of -100.
-        """
-        mine = np.full((math.ceil(len(rows) / world_size()), len(rows[0])), -100)
-        for i, row in enumerate(rows[rank()::world_size()]):
-            mine[i] = row
+        """This rank's share of the rows, about --micro-tokens at a time: tensors (b, l + 1)."""
+        # All ranks make the same number of passes. A missing row is one of -100.
+        missing = [np.full(len(rows[0]), -100)] * (-len(rows) % world_size())
+        mine = np.array([*rows, *missing][rank()::world_size()], np.int64)
         size = self.model.config.vocab_size
         if mine.max() >= size:
             raise ValueError(f"the data has token {mine.max()}, but the model knows only {size} tokens")
