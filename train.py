@@ -223,7 +223,7 @@ def named_paths(texts: list[str]) -> dict[str, list[Path]]:
         if not equals or Path(text).exists():
             name = "text"
             path = text
-        if not path or not Path(path).exists():         # Path("") is the folder that we are in
+        if not os.path.exists(path):        # Path("") would be the folder that we are in
             raise ValueError(f"there is no {path!r}; --data takes a path, or name=path")
         paths[name].append(Path(path))
     return paths or {"text": standard_library()}
@@ -397,8 +397,7 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers what it is about to run.
 
     Matrices and norms are gathered in `dtype`, a block's when the block is called. The few numbers
-    in KEEP_FP32 are gathered in fp32, those of all blocks at once. A rounding of A_log would act at
-    each of thousands of steps.
+    in KEEP_FP32 are gathered in fp32, those of all blocks at once.
     """
     options = {"mesh": init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
