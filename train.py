@@ -598,8 +598,9 @@ def prepare(out: Path, steps: int) -> None:
     for unfinished in (out / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished)
     metrics = out / "metrics.jsonl"
-    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    write_file(metrics, b"".join(row for row in rows[:steps] if row.endswith(b"\n")))
+    metrics.touch()
+    rows = metrics.read_bytes().split(b"\n")[:-1]       # the last is half a row, or nothing
+    write_file(metrics, b"".join(row + b"\n" for row in rows[:steps]))
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer, end: int, source: Path | None) -> None:
     """The files by which others make our tokens and end a text where we do, or those of `source`."""
@@ -784,9 +785,9 @@ def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end:
         if config.eos_token_id == 0:        # a default, which the pre-decay file has: it ends no text
             config.eos_token_id = end
     else:
-        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        own = {"vocab_size": tokens, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
         tiny = TINY if args.recipe == "tiny" else {}
-        config = MambaConfig(**{"vocab_size": tokens} | ids | tiny | args.sizes)
+        config = MambaConfig(**own | tiny | args.sizes)
     if tokens > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}; name the "
                          "model's own tokenizer.json with --tokenizer")
