@@ -806,6 +806,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
     whole = None
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
+        whole.config = config       # its eos_token_id may be mended
         args.export_dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
     objective = build(args, config, end, whole)
     size = sum(p.numel() for p in objective.parameters())
