@@ -767,16 +767,14 @@ def fitted(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source])
     An epoch ends where the first source has been read once. The two numbers are our choice.
     """
     stage = recipe.stages[0]
-    context = stage.context
     held_out = min(len(source.held_out) for source in sources.values())
-    while not args.context and context > 64 and 8 * context >= held_out:
-        context //= 2
+    while not args.context and stage.context > 64 and 8 * stage.context >= held_out:
+        stage = replace(stage, context=stage.context // 2)
     share = shares(stage.mixture)
     epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
     given = {"total_tokens": int(epoch)} | args.given
-    rows = min(max(1, given["total_tokens"] // (200 * context)), recipe.batch_end)
-    recipe = replace(recipe, stages=(replace(stage, context=context),))
-    return scaled(recipe, {"batch_end": rows} | given)
+    rows = min(max(1, given["total_tokens"] // (200 * stage.context)), recipe.batch_end)
+    return scaled(replace(recipe, stages=(stage,)), {"batch_end": rows} | given)
 
 def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one for so many tokens."""
