@@ -219,11 +219,10 @@ def named_paths(texts: list[str]) -> dict[str, list[Path]]:
     """Source -> its paths. Each text is name=path, or a path of the source "text"."""
     paths = defaultdict(list)
     for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            name = "text"
-            path = text
-        if not os.path.exists(path):        # Path("") would be the folder that we are in
+        if "=" not in text or os.path.exists(text):
+            text = "text=" + text
+        name, _, path = text.partition("=")
+        if not os.path.exists(path):
             raise ValueError(f"there is no {path!r}; --data takes a path, or name=path")
         paths[name].append(Path(path))
     return paths or {"text": standard_library()}
