@@ -28,7 +28,6 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -45,7 +44,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.utils.checkpoint import checkpoint
@@ -217,14 +215,14 @@ def standard_library() -> list[Path]:
 
 def named_paths(texts: list[str]) -> dict[str, list[Path]]:
     """Source -> its paths. Each text is name=path, or a path of the source "text"."""
-    paths = defaultdict(list)
+    paths = {}
     for text in texts:
         if "=" not in text or os.path.exists(text):
             text = "text=" + text
         name, _, path = text.partition("=")
         if not os.path.exists(path):
             raise ValueError(f"there is no {path!r}; --data takes a path, or name=path")
-        paths[name].append(Path(path))
+        paths.setdefault(name, []).append(Path(path))
     return paths or {"text": standard_library()}
 
 def text_files(paths: list[Path]) -> list[Path]:
@@ -398,7 +396,7 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     Matrices and norms are gathered in `dtype`, a block's when the block is called. The few numbers
     in KEEP_FP32 are gathered in fp32, those of all blocks at once.
     """
-    options = {"mesh": init_device_mesh(device, (world_size(),)),
+    options = {"mesh": dist.init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     # No cast of what a block is given: the residual stream stays fp32.
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
