@@ -478,7 +478,7 @@ class Trainer:
         if mine.max() >= size:
             raise ValueError(f"the data has token {mine.max()}, but the model knows only {size} tokens")
         at_once = max(1, self.args.micro_tokens // (len(rows[0]) - 1))
-        return torch.from_numpy(mine).split(at_once)
+        return torch.from_numpy(mine).to(self.args.device).split(at_once)
 
     def update(self) -> dict:
         """Train on one batch. Returns the step's figures, which are over all ranks."""
@@ -486,12 +486,12 @@ class Trainer:
         context = context_length(self.recipe, self.tokens)
         rows = choose_rows(self.recipe, self.sources, self.tokens, self.positions)
         count = len(rows) * context
-        nats = torch.zeros((), device=self.args.device)
+        nats = 0.0
         passes = self.passes(rows)
         for part in passes:
             if dist.is_initialized():   # gradients add up on each rank, and travel after the last
                 self.objective.set_requires_gradient_sync(part is passes[-1])
-            loss = self.objective(part.to(self.args.device))
+            loss = self.objective(part)
             (loss * world_size() / count).backward()        # FSDP takes the mean over ranks
             nats += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -520,8 +520,7 @@ class Trainer:
             starts = range(0, len(source.held_out) - context, context)
             starts = starts[::math.ceil(len(starts) / 128)]         # spread evenly
             rows = [source.held_out[start:start + context + 1] for start in starts]
-            passes = [part.to(self.args.device) for part in self.passes(rows)]
-            nats = over_ranks(sum(self.objective(part).item() for part in passes))
+            nats = over_ranks(sum(self.objective(part).item() for part in self.passes(rows)))
             per_token = nats / (len(rows) * context)
             if not per_token < 700:                 # e^710, as a perplexity, overflows
                 raise ValueError(f"the held-out loss on {name} is {per_token}: the weights are damaged, "
