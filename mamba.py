@@ -573,6 +573,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
     return tensors
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file. After a crash it is whole, or it is the one that was there before."""
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        unfinished.write_bytes(content)
+        replace_file(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)      # a full disk leaves half of it
+
 def replace_file(new: Path, path: Path) -> None:
     """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""
     with open(new, "rb+") as file:
