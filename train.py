@@ -79,7 +79,7 @@ class Recipe:
     batch_start: int = flag(2, "rows in the first batch", 1, 2**20)
     batch_end: int = flag(8, "rows in a batch after the ramp", 1, 2**20)
     lr: float = flag(4e-3, "peak learning rate, for a batch of --lr-batch rows")
-    lr_batch: int = flag(8, "rows for which --lr is meant; --batch-end if --lr is given", 1, 2**20)
+    lr_batch: int = flag(8, "rows that --lr is for; if --lr is given, --batch-end", 1, 2**20)
     decay_factor: float = flag(256.0, "the decay divides the learning rate by this", 1)
     weight_decay: float = flag(0.1, "AdamW's, for matrices only")
     beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
@@ -132,8 +132,9 @@ def progress(tokens: int, length: int) -> float:
 def learning_rate(recipe: Recipe, tokens: int) -> float:
     """Warmup, stable, decay. The rate grows with sqrt(batch), which the report calls BatchScaling.
 
-    The length of Adam's step is set by the rate alone, and its noise falls with sqrt(batch). So
-    rate / sqrt(batch), the report's "noise temperature", stays constant while the batch grows.
+    Adam divides by the gradient's own size, so the rate alone sets the length of its step. The
+    step's noise falls with sqrt(batch). So rate / sqrt(batch), the report's "noise temperature",
+    stays constant while the batch grows.
     """
     rate = recipe.lr * math.sqrt(batch_size(recipe, tokens) / recipe.lr_batch)
     rate *= progress(tokens, recipe.warmup_tokens)
@@ -298,11 +299,11 @@ class Source:
     training: np.ndarray
 
     def row(self, position: int, context: int, longest: int, seed: int) -> np.ndarray:
-        """The `context` + 1 tokens at this position, which counts tokens along a walk over the text.
+        """The `context` + 1 tokens that come after `position` tokens of a walk over the text.
 
-        The text is cut into pieces of the longest context. The walk visits them in strides of about
-        0.6 of their number, so that neighbours in time lie far apart. The stride and that number
-        have no common factor, so all pieces are read before any is read again.
+        The text is cut into pieces of the longest context. Each stride of the walk goes 0.618 of all
+        pieces on, and around, so that neighbours in time lie far apart. The stride and the number of
+        pieces have no common factor, so all pieces are read before any is read again.
         """
         pieces = (len(self.training) - 1) // longest        # a row's last target is one token more
         stride = max(1, round(0.618 * pieces))
@@ -337,8 +338,8 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
     generator = np.random.default_rng((recipe.seed, tokens))
     rows = []
     for name in generator.choice([*share], batch_size(recipe, tokens), p=[*share.values()]):
-        # A stage of longer rows goes on at the next multiple of their length. All lengths divide
-        # the longest, so a row lies in one piece.
+        # Up to a multiple of the rows' length, which a new stage may raise. All lengths divide the
+        # longest, so no row leaves its piece.
         position = math.ceil(positions[name] / stage.context) * stage.context
         rows.append(sources[name].row(position, stage.context, recipe.longest, recipe.seed))
         positions[name] = position + stage.context
@@ -360,11 +361,12 @@ class Objective(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """The sum of -log p over the last l tokens of each row, (b, l + 1), in nats.
 
-        cross_entropy ignores targets of -100, which are padding. The logits are made for 1024 tokens
-        at a time, and again for the backward pass: all of them are 2 GB for one row of the 7B.
+        Padding is -100: no target for cross_entropy, and as an input token 0. The logits are made for
+        1024 tokens at a time, and again for the backward: all are 2 GB for one row of the 7B.
         """
         tokens = rows[:, :-1].clamp(min=0)                              # (b, l)
         targets = rows[:, 1:]                                           # (b, l)
+        # A row may begin inside a document. All rows begin with a blank state.
         reset = F.pad(tokens[:, :-1] == self.end, (1, 0))               # (b, l): after an end
         state = self.model.blank_state(len(tokens))
         hidden, _ = self.model.backbone(tokens, state, reset)           # (b, l, m)
@@ -405,8 +407,8 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     def exact() -> set[nn.Parameter]:       # sharding makes new parameters, so they are asked for anew
         return {p for name, p in backbone.layers.named_parameters() if name.endswith(KEEP_FP32)}
 
-    # From outside to inside, because a module that is sharded already keeps all it has. No call is
-    # made inside a block, because what gathers there would cut the compiled block into pieces.
+    # The outside first, because fully_shard passes over a sharded module with all that is in it, even
+    # what that ignores. And none inside a block: what gathers there would cut the compiled block.
     fully_shard(objective, mp_policy=policy, ignored_params={*backbone.layers.parameters()}, **options)
     fully_shard(backbone, ignored_params={*backbone.parameters()} - exact(), **options)
     for block in backbone.layers:
@@ -427,13 +429,13 @@ def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba 
     for block in model.backbone.layers:
         if args.compile:
             # Weights are arguments of compiled code, and dynamic=True leaves b and l open. So one
-            # code serves all layers and contexts. It comes before checkpoint(), which turns the
-            # compiler off for what it calls unless that is compiled already.
+            # code serves all layers and contexts. We compile first, because checkpoint() turns the
+            # compiler off for what it calls.
             block.forward = torch.compile(block.forward, dynamic=True)
         if args.checkpoint_activations:
             block.forward = partial(recomputed, block.forward)
     if not dist.is_initialized():
-        # To look at a model its own dtype will do. To train it, all weights are fp32.
+        # A model is evaluated in its own dtype, and trained with all weights in fp32.
         return objective.to(args.device, None if args.eval_only else torch.float32)
     products = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     shard(objective, args.device.type, products, args.offload)
@@ -547,8 +549,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, to which every rank adds its part.
 
-        In safetensors: PyTorch's default is a pickle, and reading a pickle can run any code. The
-        folder gets its name once all is written, so half a checkpoint never has one.
+        It holds weights, Adam's averages, the settings, and how far the data has been read. There is
+        no random state, because each generator is seeded by the tokens seen. All is in safetensors:
+        PyTorch's default is a pickle, and reading a pickle can run any code. The folder gets its
+        name once all is written, so half a checkpoint never has one.
         """
         folder = self.args.out / "checkpoints" / f"step-{self.step:09}"
         unfinished = folder.with_suffix(".partial")
@@ -679,7 +683,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add = parser.add_argument
     count = number(int, 1, 2**60)
     yes_no = argparse.BooleanOptionalAction
-    add("--recipe", choices=RECIPES, help="where all else comes from; tiny, or with --init-from continue")
+    add("--recipe", choices=RECIPES, help="defaults of all else: tiny; continue with --init-from")
     add("--data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
         "them, or corpus; repeat for more (default: Python's standard library)")
     add("--mixture", help="the sources' shares, as 'web:9 code:1'")
@@ -692,12 +696,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add("--plan", action=yes_no, help="only print the run's steps, rates, days and memory")
     add("--world-size", type=count, default=1, help="GPUs, for that plan (default 1)")
     add("--mfu", type=number(float, 1e-3, 1), default=0.33, help="for that plan (default 0.33)")
-    add("--micro-tokens", type=count, default=16384, help="a GPU runs at a time (default 16384)")
-    add("--checkpoint-activations", action=yes_no, help="a third more time, for far less memory")
+    add("--micro-tokens", type=count, default=16384, help="of a GPU at a time (default 16384)")
+    add("--checkpoint-activations", action=yes_no, help="recompute them: less memory, 4/3 of the time")
     add("--offload", action=yes_no, help="keep weights, gradients and Adam's state in the host's memory")
     add("--compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
     add("--checkpoint-every", type=count, default=100, help="steps (default 100)")
-    add("--checkpoint-minutes", type=number(float, 0, 2**20), default=30, help="at most (default 30)")
+    add("--checkpoint-minutes", type=number(float, 0, 2**20), default=30, help="between them at most (default 30)")
     add("--export-every", type=count, default=1000, help="steps between published models (default 1000)")
     add("--export-dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
     add("--eval-every", type=count, default=200, help="steps (default 200)")
@@ -760,16 +764,19 @@ def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Sou
 def fitted(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
     """One epoch, in at least 200 steps, with eight held-out rows, where no flag says otherwise.
 
-    An epoch ends where the first source has been read once. The two numbers are our choice.
+    An epoch ends where the first source has been read once. A short text gets shorter rows, of 64
+    tokens at least. All these numbers are our choice.
     """
     stage = recipe.stages[0]
-    held_out = min(len(source.held_out) for source in sources.values())
-    while not args.context and stage.context > 64 and 8 * stage.context >= held_out:
-        stage = replace(stage, context=stage.context // 2)
     share = shares(stage.mixture)
     epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
     given = {"total_tokens": int(epoch)} | args.given
-    rows = min(max(1, given["total_tokens"] // (200 * stage.context)), recipe.batch_end)
+    total = given["total_tokens"]
+    held_out = min(len(source.held_out) for source in sources.values())
+    fits = max(64, min(total // 200, (held_out - 1) // 8))
+    while not args.context and stage.context > fits:
+        stage = replace(stage, context=stage.context // 2)
+    rows = min(max(1, total // (200 * stage.context)), recipe.batch_end)
     return scaled(replace(recipe, stages=(stage,)), {"batch_end": rows} | given)
 
 def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
@@ -790,7 +797,7 @@ def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end:
 def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
            paths: dict[str, list[Path]], tokenizer: Tokenizer, end: int) -> Trainer:
     """Read the data and the model, which must fit each other."""
-    from tests.plan import check_memory     # here, because that file imports this one
+    from tests.plan import check_memory     # here: it imports this file
     sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
     recipe = pick_recipe(args, recipe, sources)
     config = pick_config(args, folder, vocabulary(tokenizer), end)
@@ -863,7 +870,7 @@ def start_processes(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
 
 def main() -> None:
-    # Two warnings that do not concern us: of views of a state that we drop, and of no other ranks.
+    # Two needless warnings: on views of a state that we drop, and on there being one rank.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)         # dcp logs what becomes a sentence below
     try:
