@@ -22,6 +22,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -361,19 +363,17 @@ class Mamba(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}
-        config = folder / "config.json.partial"
-        weights = folder / "model.safetensors.partial"
+        config = folder / "config.json"
+        weights = folder / "model.safetensors"
         try:
-            write_config(self.config, tensors["backbone.embeddings.weight"].dtype, config)
-            safetensors.torch.save_file(tensors, weights, {"format": "pt"})
-            shutil.copymode(config, weights)    # else only its owner could read it
             # Killed between these two, it leaves new weights with the old config.json. Loading
             # refuses them if a shape differs.
-            replace_file(weights, folder / "model.safetensors")
-            replace_file(config, folder / "config.json")
+            with replacing(weights) as new:
+                safetensors.torch.save_file(tensors, new, {"format": "pt"})
+            dtype = tensors["backbone.embeddings.weight"].dtype
+            write_file(config, config_json(self.config, dtype))
+            shutil.copymode(config, weights)    # else only its owner could read it
         except (OSError, safetensors.SafetensorError) as e:
-            config.unlink(missing_ok=True)
-            weights.unlink(missing_ok=True)
             raise OSError(f"cannot write the checkpoint {folder}: {e}") from e
 
 @torch.no_grad()
@@ -513,7 +513,7 @@ def read_config(path: Path) -> dict:
     names = {f.name: PUBLISHED.get(f.name, f.name) for f in fields(MambaConfig)}
     return {ours: raw[name] for ours, name in names.items() if name in raw}
 
-def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
+def config_json(config: MambaConfig, dtype: torch.dtype) -> bytes:
     """What transformers reads as a FalconMambaConfig."""
     raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
            "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
@@ -521,7 +521,7 @@ def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
            "pad_vocab_size_multiple": 1}    # else llama.cpp's converter rounds vocab_size up
     for f in fields(config):
         raw[PUBLISHED.get(f.name, f.name)] = getattr(config, f.name)
-    path.write_text(json.dumps(raw, indent=2) + "\n")
+    return json.dumps(raw, indent=2).encode() + b"\n"
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError if there is none."""
@@ -573,17 +573,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
     return tensors
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file. After a crash it is whole, or it is the one that was there before."""
-    unfinished = path.with_name(path.name + ".partial")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path`; after a crash there is one or the other."""
+    new = path.with_name(path.name + ".partial")
     try:
-        unfinished.write_bytes(content)
-        replace_file(unfinished, path)
+        yield new
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
     finally:
-        unfinished.unlink(missing_ok=True)      # a full disk leaves half of it
+        new.unlink(missing_ok=True)     # a full disk leaves half of it
 
-def replace_file(new: Path, path: Path) -> None:
-    """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""
-    with open(new, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+def write_file(path: Path, content: bytes) -> None:
+    with replacing(path) as new:
+        new.write_bytes(content)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mamba import Block, Mamba, State, find, read_json, replace_file
+from mamba import Block, Mamba, State, find, read_json, write_file
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
@@ -226,12 +226,7 @@ def save_state(path: Path, state: State, text: Text) -> None:
     kept = {"printed": text.printed, "unprinted": text.unprinted, "unread": text.unread[-1:]}
     for name, tokens in kept.items():
         tensors[name] = torch.tensor(tokens, dtype=torch.int64)
-    new = path.with_name(path.name + ".partial")
-    try:
-        new.write_bytes(save(tensors))
-        replace_file(new, path)
-    finally:
-        new.unlink(missing_ok=True)     # a full disk leaves half of it
+    write_file(path, save(tensors))
 
 def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list, list, list]:
     """A file's state, once for each of `batch` texts, and a Text's three lists of tokens."""
