@@ -105,20 +105,18 @@ FUSE_BELOW = 2**19  # numbers in a weight: torch.compile then made the 190M writ
 ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias. A CPU without units for 16 bits takes it in fp32, if tokens are many.
-
-    PyTorch's own product widens each weight again for every few tokens. Training goes without this,
-    because its backward would keep the wide weights.
-    """
-    if torch.compiler.is_compiling() and x.numel() == x.shape[-1] and weight.numel() < FUSE_BELOW:
-        # One token: written out, a small product becomes one loop with what stands around it.
+    """x @ weight.T + bias, by what is fastest for so many tokens."""
+    tokens = x.numel() // x.shape[-1]
+    if tokens == 1 and torch.compiler.is_compiling() and weight.numel() < FUSE_BELOW:
+        # Written out, a small product becomes one loop with what stands around it.
         y = (x.float()[..., None, :] * weight.float()).sum(-1)
-        return (y if bias is None else y + bias).to(x.dtype)
-    few = x.numel() < WIDEN_FROM * x.shape[-1]
-    if few or x.device.type != "cpu" or x.dtype not in NO_UNITS or torch.is_grad_enabled():
+    elif (tokens >= WIDEN_FROM and x.device.type == "cpu" and x.dtype in NO_UNITS
+          and not torch.is_grad_enabled()):     # because a backward would keep the wide weights
+        # PyTorch's own product widens each weight again for every few tokens.
+        wide = x.float()
+        y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
+    else:
         return F.linear(x, weight, bias)
-    wide = x.float()
-    y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
     return (y if bias is None else y + bias).to(x.dtype)
 
 class Linear(nn.Linear):
@@ -411,40 +409,38 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features = len(weight)
         self.bias = bias
-        packed = []
-        levels = []
-        for rows in weight.split(ROWS):
-            rows = F.pad(rows.float(), (0, 0, 0, -len(rows) % 64))  # a kernel's block has 64 rows
-            groups = rows.unflatten(1, (-1, self.GROUP))            # (rows, in / 32, 32)
-            low = groups.amin(-1, keepdim=True)
-            high = groups.amax(-1, keepdim=True)
-            scale = ((high - low) / 15).clamp(min=1e-9).bfloat16()
-            zero = (low + 8 * scale.float()).bfloat16()
-            codes = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
-            packed.append(pack(codes.view(rows.shape)))
-            levels.append(torch.cat([scale, zero], dim=-1))         # (rows, in / 32, 2)
-        levels = torch.cat(levels).transpose(0, 1).contiguous()     # (in / 32, out, 2)
+        pieces = [quantized(rows.float()) for rows in weight.split(ROWS)]
+        packed, levels = zip(*pieces)
         self.packed = nn.Parameter(torch.cat(packed), requires_grad=False)
-        self.levels = nn.Parameter(levels, requires_grad=False)
+        self.levels = nn.Parameter(torch.cat(levels, dim=1), requires_grad=False)
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                     # (b l, in)
         if x.is_cuda or len(rows) < self.UNPACK_FROM or not block_size():
             y = multiply(rows.bfloat16().contiguous(), self.packed, self.levels)
         else:
-            rows = rows.float() if x.dtype in NO_UNITS else rows
             pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
-            weights = (unpack(*piece, block_size()).to(rows.dtype) for piece in pieces)
-            y = torch.cat([rows @ weight for weight in weights], dim=1)
+            weights = (unpack(*piece, block_size()).to(x.dtype) for piece in pieces)
+            y = torch.cat([product(rows, weight) for weight in weights], dim=1)
         y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-def pack(codes: Tensor) -> Tensor:
-    """Two codes a byte, as the device's kernel wants them."""
-    if codes.is_cuda:
-        pairs = 16 * codes[:, ::2] + codes[:, 1::2]
-        return torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a weight -> codes, as the device's kernel wants them; levels (in / 32, rows, 2)."""
+    rows = F.pad(rows, (0, 0, 0, -len(rows) % 64))                  # a kernel's block has 64 rows
+    groups = rows.unflatten(1, (-1, Int4Linear.GROUP))              # (rows, in / 32, 32)
+    low = groups.amin(-1, keepdim=True)
+    high = groups.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-9).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    codes = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
+    codes = codes.view(rows.shape)
+    if rows.is_cuda:
+        pairs = 16 * codes[:, ::2] + codes[:, 1::2]                 # two codes a byte
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
+    else:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    return packed, torch.cat([scale, zero], dim=-1).transpose(0, 1)
 
 def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
     if rows.is_cuda:
@@ -452,7 +448,7 @@ def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, Int4Linear.GROUP, levels)
 
 def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
-    """Some rows of a weight, (in, rows) in bf16: what a CPU's kernel makes of the identity.
+    """Some rows of a weight, (rows, in) in bf16: what a CPU's kernel makes of the identity.
 
     A weight is packed block of rows by block, and a block group by group. So each group of a block
     can pass for a weight of 32 inputs, and one identity of that size serves for all.
@@ -462,15 +458,14 @@ def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
     identity = torch.eye(size, dtype=torch.bfloat16)
     weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
     weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)       # (g, 32, blocks, block)
-    return weight.reshape(groups * size, -1)
+    return weight.reshape(groups * size, -1).T
 
 @functools.cache
 def block_size() -> int:
     """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
-    codes = torch.arange(64 * 64).view(64, 64) // 5 % 16
-    levels = torch.tensor([1, 8]).bfloat16().repeat(2, 64, 1)       # a weight is its code
+    weight = torch.arange(64.0 * 64).sin().view(64, 64)             # levels of it are 2 / 15 apart
     for block in 64, 32, 16:
-        if torch.equal(unpack(pack(codes), levels, block), codes.mT.bfloat16()):
+        if (unpack(*quantized(weight), block) - weight).abs().max() < 0.08:
             return block
     return 0
 
