@@ -471,27 +471,28 @@ def block_size() -> int:
 
 # From here on: files, and what is wrong with them.
 
-# Where config.json has another name for a field of MambaConfig.
-PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
-             "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
-             "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
-             "bias": "use_bias", "conv_bias": "use_conv_bias",
-             "tie_embeddings": "tie_word_embeddings"}
+# What config.json calls each field of MambaConfig.
+PUBLISHED = {f.name: f.name for f in fields(MambaConfig)}
+PUBLISHED |= {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
+              "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
+              "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
+              "bias": "use_bias", "conv_bias": "use_conv_bias",
+              "tie_embeddings": "tie_word_embeddings"}
 UNQUANTISED = "is quantised; load the unquantised one, which sample.py --quantize can make small"
 
 def check(config: MambaConfig) -> None:
     """ValueError for a value that no model can have."""
     for f in fields(config):
         is_id = f.name.endswith("_id")
-        least = 0 if is_id or f.type is float else 1
+        least = 1 if f.type is int and not is_id else 0
         most = 1024 if f.name == "n_layer" else 2**20           # or it would ask for all memory
         value = getattr(config, f.name)
         several = f.name == "eos_token_id" and type(value) is list
         for v in value if several else [value]:
             if v is None and (is_id or f.default is None):
                 continue
-            if type(v) is not f.type or not (f.type is bool or least <= v <= most):
-                raise ValueError(f"{PUBLISHED.get(f.name, f.name)} is {value!r:.50}, but must be "
+            if type(v) is not f.type or not least <= v <= most:
+                raise ValueError(f"{PUBLISHED[f.name]} is {value!r:.50}, but must be "
                                  f"{f.type.__name__}, from {least} to {most} if it is a number")
 
 def read_config(path: Path) -> dict:
@@ -505,8 +506,7 @@ def read_config(path: Path) -> dict:
         raise ValueError(f"{path.parent} {UNQUANTISED}")
     if raw.get("time_step_rank") == "auto":
         raw["time_step_rank"] = None
-    names = {f.name: PUBLISHED.get(f.name, f.name) for f in fields(MambaConfig)}
-    return {ours: raw[name] for ours, name in names.items() if name in raw}
+    return {ours: raw[name] for ours, name in PUBLISHED.items() if name in raw}
 
 def config_json(config: MambaConfig, dtype: torch.dtype) -> bytes:
     """What transformers reads as a FalconMambaConfig."""
@@ -514,8 +514,8 @@ def config_json(config: MambaConfig, dtype: torch.dtype) -> bytes:
            "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
            "residual_in_fp32": True,
            "pad_vocab_size_multiple": 1}    # else llama.cpp's converter rounds vocab_size up
-    for f in fields(config):
-        raw[PUBLISHED.get(f.name, f.name)] = getattr(config, f.name)
+    for ours, name in PUBLISHED.items():
+        raw[name] = getattr(config, ours)
     return json.dumps(raw, indent=2).encode() + b"\n"
 
 def read_json(path: Path) -> dict:
