@@ -48,7 +48,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     set, the steps end. reset (b, l) is true where a document starts, as in Mamba.forward.
     `yield from generate(...)` returns the last state. It has read all tokens but the last.
     """
-    state = state or model.blank_state(len(tokens))
+    state = state.copy() if state else model.blank_state(len(tokens))
     # All tokens but the last are only read. The last is read in the loop below, like each new one.
     last = tokens.shape[1] - 1
     if last < 0:
@@ -58,26 +58,27 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         end = min(begin + piece, last)
         starts = None if reset is None else reset[:, begin:end]
         _, state = model(tokens[:, begin:end], state, starts, last_only=True)
+    if reset is not None:       # a document may start at the last token: blank what is before it
+        for values in state.conv + state.ssm:
+            values[reset[:, last]] = 0
 
     stops = torch.tensor([] if stop is None else stop, dtype=torch.int64)
     stops_there = stops.to(tokens.device)
+    ended = torch.zeros_like(tokens[:, last], dtype=torch.bool)         # (b,)
     constants = model.constants()
 
-    def step(token):    # (b,) -> the next, or the same if it ends its text; overwrites the state
-        logits = model.step(token[:, None], state, constants)   # (b, 1, vocab_size)
+    def step(token):    # (b,) -> the next, or the same if it ended its text; overwrites the state
+        logits = model.step(token[:, None], state, constants)           # (b, 1, vocab_size)
         chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        ended = (token[:, None] == stops_there).any(-1)
-        return torch.where(ended, token, chosen)
+        chosen = torch.where(ended, token, chosen)
+        ended.logical_or_((chosen[:, None] == stops_there).any(-1))
+        return chosen
 
+    token = tokens[:, last]
     for i in range(max_new_tokens):
-        if i == 0:      # by model(), because a document may start here, and a prompt does not end
-            starts = None if reset is None else reset[:, last:]
-            logits, state = model(tokens[:, last:], state, starts)
-            token = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        else:
-            if i == 2 and tokens.is_cuda:       # after a step that has compiled all it needs
-                step = recorded(step, token, generator)
-            token = step(token)
+        if i == 1 and tokens.is_cuda:           # after a step that has compiled all it needs
+            step = recorded(step, token, generator)
+        token = step(token)
         made = token.cpu()                      # the only wait for a GPU
         if made.lt(0).any():
             raise ValueError("the logits are not finite: the weights or the state are damaged, or "

@@ -144,10 +144,10 @@ def test_what_this_machine_lacks_is_a_sentence_and_a_fault_of_ours_is_not(run, m
         raise RuntimeError(words)
     monkeypatch.setattr(Mamba, "forward", fail)
     if says:
-        assert_sentence(run("--prompt", "a")[2], says)
+        assert_sentence(run("--prompt", "ab")[2], says)
     else:
         with pytest.raises(RuntimeError, match=words):
-            run("--prompt", "a")
+            run("--prompt", "ab")
 
 # Standard input, output and error.
 
