@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from threading import Event
@@ -32,7 +33,7 @@ from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
 CUDA_PIECE = 4096       # the same on a GPU, where fewer would wait for their launches
-SMALL = 10e6    # bytes of weights: with fewer, one thread is as fast, and needs not wait for another
+SMALL = 10e6    # bytes of weights: with fewer, one thread is as fast, and waits for no other
 RECENT = 16     # old tokens that are decoded with a new one, because its text depends on them
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -133,18 +134,18 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     drawn = drawn if tokens is None else tokens.gather(-1, drawn)
     return torch.where(finite, drawn[:, 0], -1)
 
+@dataclass
 class Text:
     """Tokens as text, while they are made. The bytes of an unfinished character are held back.
 
     A token's text depends on those before it: often the first word of all loses its space. So new
     tokens are decoded with some old ones, and what these alone give is cut off.
     """
-    def __init__(self, tokenizer: Tokenizer, printed: list, unprinted: list, unread: list):
-        self.tokenizer = tokenizer
-        self.printed = printed          # the last tokens that were printed
-        self.unprinted = unprinted      # the tokens after them
-        self.unread = unread            # the tokens that the model is to read next
-        self.ended = False
+    tokenizer: Tokenizer
+    printed: list[int]          # the last tokens that were printed
+    unprinted: list[int]        # the tokens after them
+    unread: list[int]           # the tokens that the model is to read next
+    ended: bool = False
 
     def show(self) -> str:
         """The text of what waits. If it has not ended, half a character goes on waiting."""
@@ -223,10 +224,9 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 def save_state(path: Path, state: State, text: Text) -> None:
     """Keep a text's state and its last tokens. The state has read all but the very last."""
-    tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
-    kept = {"printed": text.printed, "unprinted": text.unprinted, "unread": text.unread[-1:]}
-    for name, tokens in kept.items():
-        tensors[name] = torch.tensor(tokens, dtype=torch.int64)
+    tokens = {"printed": text.printed, "unprinted": text.unprinted, "unread": text.unread[-1:]}
+    tensors = {name: torch.tensor(ids, dtype=torch.int64) for name, ids in tokens.items()}
+    tensors |= {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
     write_file(path, save(tensors))
 
 def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list, list, list]:
@@ -406,7 +406,7 @@ def main() -> None:
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts a prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: a GPU, or cpu)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
-    add("--quantize", choices=["int4"], help="4 bits a weight: a third of bf16's memory, and inexact")
+    add("--quantize", choices=["int4"], help="4 bits a weight: a third of bf16's memory, inexact")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
     add("--save-state", type=new_file, metavar="FILE", help="keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")
