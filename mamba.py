@@ -75,7 +75,7 @@ class MambaConfig:
         """From a published config.json; ValueError if it is missing, broken, or another model's."""
         return cls(**read_config(path))
 
-# Small tensors that are fp32 in every model. A rounding of A_log would act at each token, and one of
+# Small tensors that are fp32 in every model. A rounding of A_log would act at each token. In bf16
 # dt_proj's bias, about -7, would change a token's delta by up to 1.6 %.
 KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
 
@@ -149,7 +149,7 @@ class Mixer(nn.Module):
         x, past = self.conv(x, past, reset, taps, bias)             # (b, l, d), (b, k - 1, d)
         past = past.clone(memory_format=torch.contiguous_format)    # a view would keep it all, too
         dt, B, C = self.selection(x)                                # (b, l, d), (b, l, n) twice
-        # The scan adds dt_proj's bias in fp32. In bf16 a time would be off by up to 1.6 %.
+        # The scan adds dt_proj's bias, in fp32.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h, reset)
         return self.out_proj(y), past, h
 
@@ -219,11 +219,8 @@ class Block(nn.Module):
         return stream + out, past, h                                # the stream stays fp32
 
     def step(self, stream, out, past, h, constants):
-        """For one token. `out` is what the layer before adds to the stream, and the second result.
-
-        So the sum and the norm that follows it stand in one function, which is compiled.
-        """
-        stream = stream + out
+        """For one token. `out` is what the layer before adds to the stream, and the second result."""
+        stream = stream + out       # here, so that torch.compile makes one loop of it and the norm
         return stream, self.mixer.step(self.norm(stream), past, h, constants)
 
 class Backbone(nn.Module):
@@ -310,7 +307,7 @@ class Mamba(nn.Module):
         """Load a folder, or a Hugging Face hub id, which is downloaded first.
 
         Weights become `dtype`, or stay as stored if it is None: on a CPU in the mapped files,
-        uncopied. A_log, D, the convolution and dt_proj's bias, small and exact, are always fp32.
+        uncopied. What KEEP_FP32 names is always fp32.
         `quantize` makes an Int4Linear of each in_proj, x_proj and out_proj and of lm_head.
         ValueError, in one sentence, for what is missing, broken, or does not fit together.
         """
@@ -327,15 +324,14 @@ class Mamba(nn.Module):
             why = shorten(str(e), 400)
             raise ValueError(f"{folder} does not fit its config.json: {why!r:.450}") from e
         del tensors                     # or none would be let go, once it is in 4 bits
-        stored = model.backbone.embeddings.weight.dtype
+        embeddings = model.backbone.embeddings.weight
         if config.tie_embeddings:       # assign=True has made them two
-            head, embeddings = model.lm_head, model.backbone.embeddings
-            if not torch.equal(head.weight.to(stored), embeddings.weight):
+            if not torch.equal(model.lm_head.weight.to(embeddings.dtype), embeddings):
                 raise ValueError(f"{folder} has an lm_head.weight and other backbone.embeddings."
                                  "weight, but its config.json says tie_word_embeddings")
-            head.weight = embeddings.weight
+            model.lm_head.weight = embeddings
 
-        dtype = dtype or stored
+        dtype = dtype or embeddings.dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
         in_4_bits = "in_proj.weight", "x_proj.weight", "out_proj.weight", "lm_head.weight"
         names = [name for name, _ in model.named_parameters()]
