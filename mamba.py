@@ -219,7 +219,7 @@ class Block(nn.Module):
         return stream + out, past, h                                # the stream stays fp32
 
     def step(self, stream, out, past, h, constants):
-        """For one token. `out` is what the layer before adds to the stream, and the second result."""
+        """For one token. `out`, and the second result, is what a layer adds to the stream."""
         stream = stream + out       # here, so that torch.compile makes one loop of it and the norm
         return stream, self.mixer.step(self.norm(stream), past, h, constants)
 
