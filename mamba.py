@@ -405,7 +405,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features = len(weight)
         self.bias = bias
-        pieces = [quantized(rows.float()) for rows in weight.split(ROWS)]
+        pieces = [pack(rows.float()) for rows in weight.split(ROWS)]
         packed, levels = zip(*pieces)
         self.packed = nn.Parameter(torch.cat(packed), requires_grad=False)
         self.levels = nn.Parameter(torch.cat(levels, dim=1), requires_grad=False)
@@ -421,7 +421,7 @@ class Int4Linear(nn.Module):
         y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a weight -> codes, as the device's kernel wants them; levels (in / 32, rows, 2)."""
     rows = F.pad(rows, (0, 0, 0, -len(rows) % 64))                  # a kernel's block has 64 rows
     groups = rows.unflatten(1, (-1, Int4Linear.GROUP))              # (rows, in / 32, 32)
@@ -461,7 +461,7 @@ def block_size() -> int:
     """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
     weight = torch.arange(64.0 * 64).sin().view(64, 64)             # levels of it are 2 / 15 apart
     for block in 64, 32, 16:
-        if (unpack(*quantized(weight), block) - weight).abs().max() < 0.08:
+        if (unpack(*pack(weight), block) - weight).abs().max() < 0.08:
             return block
     return 0
 
