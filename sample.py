@@ -67,20 +67,19 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     stops_there = stops.to(tokens.device)
     ended = torch.zeros_like(tokens[:, last], dtype=torch.bool)         # (b,)
     constants = model.constants()
+    token = tokens[:, last].clone()             # (b,)
 
-    def step(token):    # (b,) -> the next, or the same if it ended its text; overwrites the state
+    def step():     # overwrites the state, and a token by the next, unless it ended its text
         logits = model.step(token[:, None], state, constants)           # (b, 1, vocab_size)
         chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        chosen = torch.where(ended, token, chosen)
-        ended.logical_or_((chosen[:, None] == stops_there).any(-1))
-        return chosen
+        token.copy_(torch.where(ended, token, chosen))
+        ended.logical_or_((token[:, None] == stops_there).any(-1))
 
-    token = tokens[:, last]
     for i in range(max_new_tokens):
         if i == 1 and tokens.is_cuda:           # after a step that has compiled all it needs
-            step = recorded(step, token, generator)
-        token = step(token)
-        made = token.cpu()                      # the only wait for a GPU
+            step = recorded(step, generator)
+        step()
+        made = token.to("cpu", copy=True)       # the only wait for a GPU
         if made.lt(0).any():
             raise ValueError("the logits are not finite: the weights or the state are damaged, or "
                              "too large for --dtype")
@@ -90,22 +89,17 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     with torch.inference_mode(False):   # autograd takes no tensor of that mode, but takes its copy
         return state.copy()
 
-def recorded(step: Callable, token: Tensor, generator: torch.Generator | None) -> Callable:
-    """step(token) as a CUDA graph: one launch, not a thousand. We have not run this on a GPU yet.
+def recorded(step: Callable, generator: torch.Generator | None) -> Callable:
+    """step() as a CUDA graph: one launch, not a thousand. We have not run this on a GPU yet.
 
-    A graph is a recording of kernels. It replays on the memory that it was recorded with. So each
-    replay overwrites the state and `token`.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with.
     """
     graph = torch.cuda.CUDAGraph()
     if generator:
         graph.register_generator_state(generator)   # else each replay would draw the same
     with torch.cuda.graph(graph):
-        token.copy_(step(token))
-
-    def replay(_):      # the token is `token`, where the last replay has left it
-        graph.replay()
-        return token
-    return replay
+        step()
+    return graph.replay
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator | None) -> Tensor:
