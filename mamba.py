@@ -56,7 +56,7 @@ class MambaConfig:
     bias: bool = False                  # of in_proj and out_proj
     conv_bias: bool = True
     tie_embeddings: bool = False        # lm_head is the embedding matrix
-    initializer_range: float = 0.1      # standard deviation of fresh linear and embedding weights
+    initializer_range: float = 0.1      # standard deviation of what initialize() draws
     bos_token_id: int = 0               # or None; never put before a text
     eos_token_id: int = 11              # or None, or a list: a text ends at any of them
     pad_token_id: int = 0               # or None
@@ -81,7 +81,7 @@ KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
 
 class State(NamedTuple):
     """All that the model remembers of a text: 37 MB for the 7B, after one token or a million."""
-    conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the convolution's last inputs
+    conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the last inputs, in their dtype
     ssm: list[Tensor]       # of each layer (b, d, n): `h`, the scan's state, in fp32
 
     def copy(self) -> "State":
@@ -94,34 +94,6 @@ class RMSNorm(nn.RMSNorm):
         # Rounded once, at the end. The reference also rounds before it multiplies by the weight.
         y = F.rms_norm(stream, self.normalized_shape, self.weight.float(), self.eps)
         return y.to(self.weight.dtype)
-
-# What CPUs call their units for 16-bit products (torch.cpu.get_capabilities); ARM's name is last.
-UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
-NO_UNITS = [dtype for dtype, names in UNITS.items()
-            if not any(torch.cpu.get_capabilities().get(name) for name in names)]
-WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 2.4 times as slow
-FUSE_BELOW = 2**19  # numbers in a weight: torch.compile then made the 190M write 5 % faster
-ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, by what is fastest for so many tokens."""
-    tokens = x.numel() // x.shape[-1]
-    if tokens == 1 and torch.compiler.is_compiling() and weight.numel() < FUSE_BELOW:
-        # Written out, a small product becomes one loop with what stands around it.
-        y = (x.float()[..., None, :] * weight.float()).sum(-1)
-    elif (tokens >= WIDEN_FROM and x.device.type == "cpu" and x.dtype in NO_UNITS
-          and not torch.is_grad_enabled()):     # because a backward would keep the wide weights
-        # PyTorch's own product widens each weight again for every few tokens.
-        wide = x.float()
-        y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
-    else:
-        return F.linear(x, weight, bias)
-    return (y if bias is None else y + bias).to(x.dtype)
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return product(x, self.weight, self.bias)
 
 class Mixer(nn.Module):
     """What one layer does with the normalised stream."""
@@ -182,7 +154,7 @@ class Mixer(nn.Module):
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past = window[:, l:]
         if reset is not None:
-            # Documents are numbered, and the past is 0. For k = 3, reset = [0, 1, 0] gives
+            # Number the documents, the past as 0. For k = 3, reset = [0, 1, 0] gives
             # [0, 0, 0, 1, 1]: two of the past, three tokens. So token 1 sees only itself.
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             former = doc[:, l:] != doc[:, -1:]      # of another document than the last token
@@ -199,7 +171,10 @@ class Mixer(nn.Module):
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
-        """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here."""
+        """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here.
+
+        They bound what the scan is given, however large x_proj's weights become.
+        """
         r, n = self.widths
         dt, B, C = self.x_proj(x).float().split([r, n, n], dim=-1)
         # First the norm, then dt_proj, as in the reference. Its fused training kernel swaps them.
@@ -219,8 +194,11 @@ class Block(nn.Module):
         return stream + out, past, h                                # the stream stays fp32
 
     def step(self, stream, out, past, h, constants):
-        """For one token. `out`, and the second result, is what a layer adds to the stream."""
-        stream = stream + out       # here, so that torch.compile makes one loop of it and the norm
+        """For one token. Adds the `out` of the layer before to the stream, and returns its own.
+
+        So a sum and the norm after it are in one function, which torch.compile makes one loop.
+        """
+        stream = stream + out
         return stream, self.mixer.step(self.norm(stream), past, h, constants)
 
 class Backbone(nn.Module):
@@ -272,25 +250,16 @@ class Mamba(nn.Module):
 
         For inference. `constants` are those of constants(), made since the weights last changed.
         """
-        # For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product. All
-        # threads share its switch, so only a call that turned it off turns it on.
-        onednn = torch.backends.mkldnn
-        turn_off = token.numel() == 1 and onednn.enabled
-        if turn_off:
-            onednn.enabled = False
-        try:
-            out = self.backbone.embeddings(token)                   # (b, 1, m)
+        with without_onednn(token.numel() == 1):
+            out = self.backbone.embeddings(token)       # (b, 1, m): layer 0 adds it to the stream
             stream = torch.zeros_like(out, dtype=torch.float32)
             layers = self.backbone.layers
             for layer, past, h, constant in zip(layers, *state, constants, strict=True):
                 stream, out = layer.step(stream, out, past, h, constant)
             return self.lm_head(self.backbone.norm_f(stream + out)).float()
-        finally:
-            if turn_off:
-                onednn.enabled = True
 
     def constants(self) -> list:
-        """Of each layer what no token changes. Whoever writes a text makes it once."""
+        """Each layer's constants(), to be made once for a text."""
         return [layer.mixer.constants() for layer in self.backbone.layers]
 
     def blank_state(self, batch: int) -> State:
@@ -357,22 +326,22 @@ class Mamba(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}
-        config = folder / "config.json"
-        weights = folder / "model.safetensors"
+        dtype = tensors["backbone.embeddings.weight"].dtype
+        config = replacing(folder / "config.json")
+        weights = replacing(folder / "model.safetensors")
         try:
-            # Killed between these two, it leaves new weights with the old config.json. Loading
-            # refuses them if a shape differs.
-            with replacing(weights) as new:
-                safetensors.torch.save_file(tensors, new, {"format": "pt"})
-            dtype = tensors["backbone.embeddings.weight"].dtype
-            write_file(config, config_json(self.config, dtype))
-            shutil.copymode(config, weights)    # else only its owner could read it
+            # Both are written, then renamed. Killed between, this leaves new weights with the old
+            # config.json. Loading refuses them if a shape differs.
+            with config as new_config, weights as new_weights:
+                new_config.write_bytes(config_json(self.config, dtype))
+                safetensors.torch.save_file(tensors, new_weights, {"format": "pt"})
+                shutil.copymode(new_config, new_weights)    # else only its owner could read it
         except (OSError, safetensors.SafetensorError) as e:
             raise OSError(f"cannot write the checkpoint {folder}: {e}") from e
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Draw anew what PyTorch's layers have drawn otherwise than the reference does."""
+    """Redraw the weights that the reference draws otherwise than PyTorch."""
     for name, p in model.named_parameters():
         if name.endswith("dt_proj.bias"):       # so that a token lasts from 0.001 to 0.1
             delta = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -383,7 +352,53 @@ def initialize(model: Mamba) -> None:
                             "lm_head.weight")):
             nn.init.normal_(p, std=model.config.initializer_range)
 
-# Four bits a weight. To write a token is to read all weights, and so they are a third of bf16's.
+# Matrix products, which CPUs take in several ways.
+
+# What CPUs call their units for 16-bit products (torch.cpu.get_capabilities); ARM's name is last.
+UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+NO_UNITS = [dtype for dtype, names in UNITS.items()
+            if not any(torch.cpu.get_capabilities().get(name) for name in names)]
+WIDEN_FROM = 8      # tokens: PyTorch's own product is as fast at 4, and 2.4 times slower at 256
+FUSE_BELOW = 2**19  # numbers in a weight: fusing smaller ones made the 190M write 5 % faster
+ROWS = 512          # of a weight that are taken at a time, so that they stay in a cache
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, by what is fastest for so many tokens."""
+    tokens = x.numel() // x.shape[-1]
+    if tokens == 1 and torch.compiler.is_compiling() and weight.numel() < FUSE_BELOW:
+        # Written out, a small product becomes one loop with what stands around it.
+        y = (x.float()[..., None, :] * weight.float()).sum(-1)
+    elif (tokens >= WIDEN_FROM and x.device.type == "cpu" and x.dtype in NO_UNITS
+          and not torch.is_grad_enabled()):     # because a backward would keep the wide weights
+        # PyTorch's own product widens each weight again for every few tokens.
+        wide = x.float()
+        y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
+    else:
+        return F.linear(x, weight, bias)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
+@contextmanager
+def without_onednn(wanted: bool) -> Iterator[None]:
+    """For one row of bf16, oneDNN takes twice as long as PyTorch's own product.
+
+    All threads share its switch, so only a call that turned it off turns it on.
+    """
+    onednn = torch.backends.mkldnn
+    turn_off = wanted and onednn.enabled
+    if turn_off:
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        if turn_off:
+            onednn.enabled = True
+
+# Four bits a weight, five with the levels: a third of bf16's. To write a token is to read them all.
 
 class Int4Linear(nn.Module):
     """A linear layer whose weight is kept in groups: 32 neighbours in a row.
@@ -394,9 +409,10 @@ class Int4Linear(nn.Module):
 
         weight = (code - 8) scale + zero
 
-    So a number is off by up to half of `scale`. Of normally distributed ones 8 % are lost, in the
-    root mean square; groups of 64 would lose 9 %. PyTorch's kernels unpack as they multiply, take
-    bf16 and are made for few tokens. Those for CUDA are untried.
+    So a number is off by half of `scale` at most. For normally distributed ones that is 8 % (root
+    mean square), and in groups of 64 9 %. dt_proj and the embeddings stay as they are. PyTorch's
+    kernels unpack as they multiply, take bf16 and are made for few tokens. Those for CUDA are
+    untried.
     """
     GROUP = 32
     UNPACK_FROM = 96    # tokens: a CPU's kernel is slower from here on than unpack and a product
@@ -446,8 +462,8 @@ def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
 def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
     """Some rows of a weight, (rows, in) in bf16: what a CPU's kernel makes of the identity.
 
-    A weight is packed block of rows by block, and a block group by group. So each group of a block
-    can pass for a weight of 32 inputs, and one identity of that size serves for all.
+    Packed are blocks of rows, and in each its groups. So a group of a block can pass for a weight
+    of 32 inputs, and one identity of that size unpacks them all.
     """
     groups, size = len(levels), Int4Linear.GROUP
     levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
@@ -458,7 +474,7 @@ def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
 
 @functools.cache
 def block_size() -> int:
-    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
+    """How many rows a block of this CPU's kernel has; 0 if unpack is wrong here."""
     weight = torch.arange(64.0 * 64).sin().view(64, 64)             # levels of it are 2 / 15 apart
     for block in 64, 32, 16:
         if (unpack(*pack(weight), block) - weight).abs().max() < 0.08:

@@ -76,10 +76,10 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         ended.logical_or_((token[:, None] == stops_there).any(-1))
 
     for i in range(max_new_tokens):
-        if i == 1 and tokens.is_cuda:           # after a step that has compiled all it needs
+        if i == 1 and tokens.is_cuda:           # the first step has compiled all kernels
             step = recorded(step, generator)
         step()
-        made = token.to("cpu", copy=True)       # the only wait for a GPU
+        made = token.to("cpu", copy=True)       # the only wait for a GPU; -1: see choose
         if made.lt(0).any():
             raise ValueError("the logits are not finite: the weights or the state are damaged, or "
                              "too large for --dtype")
@@ -112,7 +112,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if temperature == 0:
         return torch.where(finite, logits.argmax(-1), -1)
     logits = logits - logits.amax(-1, keepdim=True)             # at most 0, so softmax is safe
-    logits = logits / max(temperature, 1e-30)                   # fp32 takes 1e-46 for 0
+    logits = logits / max(temperature, 1e-30)                   # in fp32 1e-46 is 0
     tokens = None
     if top_k or top_p:
         size = logits.shape[-1]
@@ -132,8 +132,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 class Text:
     """Tokens as text, while they are made. The bytes of an unfinished character are held back.
 
-    A token's text depends on those before it: often the first word of all loses its space. So new
-    tokens are decoded with some old ones, and what these alone give is cut off.
+    A token's text depends on those before it: a text's first word often loses its space. So new
+    tokens are decoded after some old ones, whose text is cut off.
     """
     tokenizer: Tokenizer
     printed: list[int]          # the last tokens that were printed
@@ -142,7 +142,7 @@ class Text:
     ended: bool = False
 
     def show(self) -> str:
-        """The text of what waits. If it has not ended, half a character goes on waiting."""
+        """The text of `unprinted`, or "" while it may end in half a character."""
         tokens = self.printed + self.unprinted
         before = self.tokenizer.decode(self.printed, skip_special_tokens=False)
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
