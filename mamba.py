@@ -76,7 +76,7 @@ class MambaConfig:
         return cls(**read_config(path))
 
 # Small tensors that are fp32 in every model. A rounding of A_log would act at each token. In bf16
-# dt_proj's bias, about -7, would change a token's delta by up to 1.6 %.
+# dt_proj's bias, -7 to -2 when fresh, would change a token's delta by up to 1.6 %.
 KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
 
 class State(NamedTuple):
@@ -194,7 +194,7 @@ class Block(nn.Module):
         return stream + out, past, h                                # the stream stays fp32
 
     def step(self, stream, out, past, h, constants):
-        """For one token. Adds the `out` of the layer before to the stream, and returns its own.
+        """For one token. Returns the stream, and an `out` that the next layer adds to it.
 
         So a sum and the norm after it are in one function, which torch.compile makes one loop.
         """
@@ -250,12 +250,12 @@ class Mamba(nn.Module):
 
         For inference. `constants` are those of constants(), made since the weights last changed.
         """
-        with without_onednn(token.numel() == 1):
+        with without_onednn(token.numel() == 1):        # for one row, which is faster so
             out = self.backbone.embeddings(token)       # (b, 1, m): layer 0 adds it to the stream
             stream = torch.zeros_like(out, dtype=torch.float32)
             layers = self.backbone.layers
-            for layer, past, h, constant in zip(layers, *state, constants, strict=True):
-                stream, out = layer.step(stream, out, past, h, constant)
+            for layer, past, h, own in zip(layers, *state, constants, strict=True):
+                stream, out = layer.step(stream, out, past, h, own)
             return self.lm_head(self.backbone.norm_f(stream + out)).float()
 
     def constants(self) -> list:
@@ -352,14 +352,14 @@ def initialize(model: Mamba) -> None:
                             "lm_head.weight")):
             nn.init.normal_(p, std=model.config.initializer_range)
 
-# Matrix products, which CPUs take in several ways.
+# Matrix products, for which a CPU has faster ways than PyTorch's own.
 
 # What CPUs call their units for 16-bit products (torch.cpu.get_capabilities); ARM's name is last.
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
          torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
 NO_UNITS = [dtype for dtype, names in UNITS.items()
             if not any(torch.cpu.get_capabilities().get(name) for name in names)]
-WIDEN_FROM = 8      # tokens: PyTorch's own product is as fast at 4, and 2.4 times slower at 256
+WIDEN_FROM = 8      # tokens: for 4 a widened product is no faster, for 256 2.4 times as fast
 FUSE_BELOW = 2**19  # numbers in a weight: fusing smaller ones made the 190M write 5 % faster
 ROWS = 512          # of a weight that are taken at a time, so that they stay in a cache
 
@@ -383,13 +383,13 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 @contextmanager
-def without_onednn(wanted: bool) -> Iterator[None]:
-    """For one row of bf16, oneDNN takes twice as long as PyTorch's own product.
+def without_onednn(if_true: bool) -> Iterator[None]:
+    """For one row of bf16, but not for two, oneDNN takes twice as long as PyTorch's own product.
 
     All threads share its switch, so only a call that turned it off turns it on.
     """
     onednn = torch.backends.mkldnn
-    turn_off = wanted and onednn.enabled
+    turn_off = if_true and onednn.enabled
     if turn_off:
         onednn.enabled = False
     try:
@@ -404,13 +404,13 @@ class Int4Linear(nn.Module):
     """A linear layer whose weight is kept in groups: 32 neighbours in a row.
 
     Sixteen levels, evenly apart, reach from a group's least number to its greatest. Of each number
-    only the nearest level is kept, as a code from 0 to 15, and of the group, in bf16, the distance
-    of two levels and the level 8:
+    only the nearest level is kept, as a code from 0 to 15, and of the group, in bf16, `scale`, the
+    distance of two levels, and `zero`, the level of code 8:
 
         weight = (code - 8) scale + zero
 
-    So a number is off by half of `scale` at most. For normally distributed ones that is 8 % (root
-    mean square), and in groups of 64 9 %. dt_proj and the embeddings stay as they are. PyTorch's
+    So a number near 0 is off by half of `scale` at most. For normally distributed ones that is 8 %
+    (root mean square), and in groups of 64 9 %. dt_proj and the embeddings stay as they are. PyTorch's
     kernels unpack as they multiply, take bf16 and are made for few tokens. Those for CUDA are
     untried.
     """
@@ -434,7 +434,8 @@ class Int4Linear(nn.Module):
             pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
             weights = (unpack(*piece, block_size()).to(x.dtype) for piece in pieces)
             y = torch.cat([product(rows, weight) for weight in weights], dim=1)
-        y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
+        y = y[:, :self.out_features]                                # without rows that pack added
+        y = y.unflatten(0, x.shape[:-1])                            # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,14 +463,14 @@ def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
 def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
     """Some rows of a weight, (rows, in) in bf16: what a CPU's kernel makes of the identity.
 
-    Packed are blocks of rows, and in each its groups. So a group of a block can pass for a weight
-    of 32 inputs, and one identity of that size unpacks them all.
+    In memory a block of rows is its groups in turn. So a group of a block can pass for a weight
+    with 32 inputs, and one identity (32, 32) unpacks them all.
     """
     groups, size = len(levels), Int4Linear.GROUP
     levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
     identity = torch.eye(size, dtype=torch.bfloat16)
     weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
-    weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)       # (g, 32, blocks, block)
+    weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)   # (groups, 32, blocks, block)
     return weight.reshape(groups * size, -1).T
 
 @functools.cache

@@ -47,7 +47,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
 
     A text that has yielded a `stop` token goes on yielding it. Once all have, or `interrupted` is
     set, the steps end. reset (b, l) is true where a document starts, as in Mamba.forward.
-    `yield from generate(...)` returns the last state. It has read all tokens but the last.
+    `yield from generate(...)` returns the last state, which has read all tokens but the last.
     """
     state = state.copy() if state else model.blank_state(len(tokens))
     # All tokens but the last are only read. The last is read in the loop below, like each new one.
@@ -69,14 +69,14 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     constants = model.constants()
     token = tokens[:, last].clone()             # (b,)
 
-    def step():     # overwrites the state, and a token by the next, unless it ended its text
+    def step():     # overwrites state, token and ended; a token that ended its text stays
         logits = model.step(token[:, None], state, constants)           # (b, 1, vocab_size)
         chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
         token.copy_(torch.where(ended, token, chosen))
         ended.logical_or_((token[:, None] == stops_there).any(-1))
 
     for i in range(max_new_tokens):
-        if i == 1 and tokens.is_cuda:           # the first step has compiled all kernels
+        if i == 1 and tokens.is_cuda:           # a recording cannot compile, as the first step did
             step = recorded(step, generator)
         step()
         made = token.to("cpu", copy=True)       # the only wait for a GPU; -1: see choose
@@ -92,7 +92,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
 def recorded(step: Callable, generator: torch.Generator | None) -> Callable:
     """step() as a CUDA graph: one launch, not a thousand. We have not run this on a GPU yet.
 
-    A graph is a recording of kernels, which replays on the memory that it was recorded with.
+    To record computes nothing. A replay uses the same memory, so step() changes tensors in place.
     """
     graph = torch.cuda.CUDAGraph()
     if generator:
@@ -136,18 +136,20 @@ class Text:
     tokens are decoded after some old ones, whose text is cut off.
     """
     tokenizer: Tokenizer
-    printed: list[int]          # the last tokens that were printed
-    unprinted: list[int]        # the tokens after them
-    unread: list[int]           # the tokens that the model is to read next
+    printed: list[int]          # the last tokens that were printed, at most RECENT
+    unprinted: list[int]        # those that were not printed yet
+    unread: list[int]           # those, printed or not, that the model has not read yet
     ended: bool = False
 
     def show(self) -> str:
         """The text of `unprinted`, or "" while it may end in half a character."""
+        if not self.unprinted:
+            return ""
         tokens = self.printed + self.unprinted
         before = self.tokenizer.decode(self.printed, skip_special_tokens=False)
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-        # Some tokenizers, not Falcon's, have tokens of one byte, like <0xE2>. A wrong byte in a run
-        # of them makes U+FFFD of the others too. So a run waits for its end.
+        # Some tokenizers, not Falcon's, have tokens of one byte, like <0xE2>. A wrong byte makes
+        # U+FFFD of a whole run of them, even of what was right. So a run waits for its end.
         last = self.tokenizer.id_to_token(tokens[-1]) or ""
         is_half = text.endswith("\ufffd") or re.fullmatch("<0x..>", last)
         if is_half and not self.ended:
@@ -157,7 +159,7 @@ class Text:
         return text[len(before):]
 
 def write(steps: Iterator[Tensor], texts: list[Text], stop: list[int], goes_on: bool):
-    """Print the first text as it is made, then the others. Half a character waits if it goes on.
+    """Print the first text as it is made, then the others. With goes_on, half a character waits.
 
     Returns the times before the first step and after each, and the last state.
     """

@@ -4,8 +4,8 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t      h_{t-1} is 0 where reset_t is set
     y_t = (C_t . h_t + D x_t) SiLU(z_t)
 
-A kernel is run by many programs. A program is one warp here: 32 threads in lockstep. Each thread
-holds the n numbers of one channel's state in registers and walks through time. So no (b, l, d, n)
+A kernel is run by many programs. A program is one warp here: 32 threads in lockstep. They hold the
+states of 32 channels in registers, mostly a channel each, and walk through time. So no (b, l, d, n)
 ever lies in memory.
 
 One sequence of the 7B has 8192 channels, or 256 warps. An H100 has registers for 1000 to 3000. So
@@ -35,8 +35,8 @@ except ImportError:
     error = SystemExit if __name__ == "__main__" else ImportError
     raise error('the Triton scan needs Triton: pip install triton, or use backend="auto"') from None
 
-# Steps. One state a chunk is kept: of 8192 tokens of a layer of the 7B 34 MB, of 4.3 GB. For each
-# channel these are 16 x 4 bytes a chunk, beside 128 x 2 of its x.
+# In steps. One state a chunk is kept: 34 MB, not 4.3 GB, for 8192 tokens of a layer of the 7B. That
+# is 16 x 4 bytes for each channel and chunk; its x has 128 x 2.
 CHUNK = 128
 STEPS = 4               # of a block, which is a stretch of time: loaded whole, then computed
 SCRATCH = 400 << 20     # bytes at most, in the backward, for the states that enter blocks
@@ -48,8 +48,8 @@ LOG2E = tl.constexpr(1.4426950408889634)    # a GPU has exp2, and exp(v) = exp2(
 # tl.static_range is unrolled then, and a tuple that grows in it lies in registers.
 @triton.jit
 def softplus(v):
-    # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. Triton
-    # has no log1p, but log(1 + e) = 2 artanh(r) = 2 r (1 + r^2 / 3 + r^4 / 5 + ...). Here r <= 1/3,
+    # log(1 + exp(v)) = max(v, 0) + log(1 + e) with e = exp(-|v|), which never overflows. There is
+    # no tl.log1p, but log(1 + e) = 2 artanh(r) = 2 r (1 + r^2 / 3 + r^4 / 5 + ...). Here r <= 1/3,
     # and so seven terms are enough for fp32.
     e = tl.exp2(tl.abs(v) * -LOG2E)
     r = e / (2 + e)
@@ -60,8 +60,8 @@ def softplus(v):
 
 @triton.jit
 def find_chunk(l, first, chunk, chunks, d):
-    # -> k, a chunk's number in the batch, then its sequence, start and end. Each sequence has
-    # `chunks` chunks of `chunk` steps, from step `first` on. A program has 32 channels of a chunk.
+    # -> k, a chunk's number among all, its sequence, its first step and its end. Programs count
+    # groups of 32 channels first, then chunks, then sequences. `first` is where chunk 0 starts.
     # k is int64, because offsets are made from it and may pass 2^31.
     k = (tl.program_id(0) // tl.cdiv(d, CHANNELS)).to(tl.int64)
     start = first + (k % chunks).to(tl.int32) * chunk
@@ -100,7 +100,7 @@ def store_rows(ptr, rows, row, rest, c, d, BLOCK):
 
 @triton.jit
 def load_BC(ptr, row, j, rest, i, n):
-    # Step j of a block of (b, l, n). Past the end the last row, for delta x and ds are 0 there.
+    # Step j of a block of (b, l, n). Past the end the last row is read: delta x and ds are 0 there.
     return load(ptr + row * n, tl.minimum(j, rest - 1) * n + i, i < n)
 
 @triton.jit
@@ -110,7 +110,8 @@ def load_forget(ptr, at, mask):
 
 @triton.jit
 def advance(h, x, dt, A2, B, forget):
-    # A step: the next h, (n, CHANNELS), and `fade`, scan.py's decay. A2 is A log2(e).
+    # A step: the next h, (n, CHANNELS), and `fade`, which is scan.py's decay. Here `decay` is a
+    # chunk's. A2 is A log2(e).
     delta = softplus(dt)
     fade = tl.exp2(delta[None, :] * A2 + forget)
     return fade * h + (delta * x)[None, :] * B[:, None], fade
@@ -118,11 +119,11 @@ def advance(h, x, dt, A2, B, forget):
 # The forward. Inputs: x, dt, z (b, l, d); B, C (b, l, n); A (n, d); D, bias (d,); reset (b, l) of
 # bool. z and reset may be None. BLOCK is the steps of a block.
 
-# Triton would compile anew for a size of 1, and for multiples of 16. For these it does not.
+# Of these arguments Triton makes no variants, for a size of 1 and for multiples of 16.
 LENGTHS = ["l", "first", "chunk", "chunks"]
-# Told that 16 divides an address, Triton would put 4 channels in a thread, and so each channel's n
-# numbers in 4 threads, which must exchange every sum over n. Not told, it puts a whole channel in a
-# thread.
+# Told that 16 divides an address, Triton loads 16 bytes, or 4 channels, a thread. Then 8 threads
+# hold all 32 channels, so n is cut among 4, which must exchange every sum over n. Not told, each
+# thread has a whole channel.
 STATES = ["A_ptr", "start_ptr", "h_ptr", "blocks_ptr", "local_ptr", "decay_ptr"]
 thread_per_channel = triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=STATES)
 
@@ -338,8 +339,8 @@ def adjoint_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, r
         for j in tl.static_range(BLOCK - 1, -1, -1):
             B = load_BC(B_ptr, row, j, rest, i, n)
             C = load_BC(C_ptr, row, j, rest, i, n)
-            # The mask changes nothing: past the end delta is 0 anyway. But it makes this another
-            # delta than above to the compiler, which else keeps each `fade`, in too many registers.
+            # The mask changes nothing: past the end delta is 0 anyway. But without it the compiler
+            # sees the delta of above again, and keeps each `fade`, in too many registers.
             delta = tl.where(j < rest, softplus(dts[j] + bias), 0.0)
             w = delta * xs[j]
             ds = dys[j]

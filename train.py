@@ -395,8 +395,8 @@ def over_ranks(value: float) -> float:
 def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool = False) -> None:
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers what it is about to run.
 
-    Matrices and norms are gathered in `dtype`, a block's when the block is called. The few numbers
-    in KEEP_FP32 are gathered in fp32, those of all blocks at once.
+    The objective gathers embeddings, norm_f and lm_head, and a block its matrices and its norm, all
+    in `dtype`. The backbone gathers KEEP_FP32 of all blocks, in fp32.
     """
     options = {"mesh": dist.init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
@@ -407,8 +407,8 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     def exact() -> set[nn.Parameter]:       # sharding makes new parameters, so they are asked for anew
         return {p for name, p in backbone.layers.named_parameters() if name.endswith(KEEP_FP32)}
 
-    # The outside first, because fully_shard passes over a sharded module with all that is in it, even
-    # what that ignores. And none inside a block: what gathers there would cut the compiled block.
+    # The outside first, because fully_shard skips a sharded module, and what that ignored would stay
+    # whole. None inside a block, because its hooks would cut the compiled block.
     fully_shard(objective, mp_policy=policy, ignored_params={*backbone.layers.parameters()}, **options)
     fully_shard(backbone, ignored_params={*backbone.parameters()} - exact(), **options)
     for block in backbone.layers:
@@ -417,20 +417,21 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
 def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba | None) -> Objective:
     """The objective on this rank's device, with the weights of `whole`, which only rank 0 has.
 
-    With several ranks, no other one and no GPU ever holds all of it: weights travel one by one.
+    With several ranks, only rank 0's host ever holds all of it: weights travel one by one.
     """
     model = whole
     if dist.is_initialized():
         with torch.device("meta"):                                  # shapes without memory
             model = Mamba(config)
     objective = Objective(model, end)
-    if args.compile:    # the CPU's loop over time would be unrolled: minutes to compile, no faster
+    if args.compile:
+        # The CPU's loop over time would be unrolled, for minutes and no gain.
         scan.BACKENDS["chunked"] = torch.compiler.disable(scan.Chunked.apply)
     for block in model.backbone.layers:
         if args.compile:
             # Weights are arguments of compiled code, and dynamic=True leaves b and l open. So one
-            # code serves all layers and contexts. We compile first, because checkpoint() turns the
-            # compiler off for what it calls.
+            # code serves all layers and contexts. Compile first, checkpoint then: the compiler does
+            # not enter checkpoint().
             block.forward = torch.compile(block.forward, dynamic=True)
         if args.checkpoint_activations:
             block.forward = partial(recomputed, block.forward)
