@@ -410,9 +410,9 @@ class Int4Linear(nn.Module):
         weight = (code - 8) scale + zero
 
     So a number near 0 is off by half of `scale` at most. For normally distributed ones that is 8 %
-    (root mean square), and in groups of 64 9 %. dt_proj and the embeddings stay as they are. PyTorch's
-    kernels unpack as they multiply, take bf16 and are made for few tokens. Those for CUDA are
-    untried.
+    (root mean square), and in groups of 64 9 %. dt_proj and the embeddings stay as they are.
+    PyTorch's kernels unpack as they multiply, take bf16 and are made for few tokens. Those for
+    CUDA are untried.
     """
     GROUP = 32
     UNPACK_FROM = 96    # tokens: a CPU's kernel is slower from here on than unpack and a product
@@ -470,7 +470,8 @@ def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
     levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
     identity = torch.eye(size, dtype=torch.bfloat16)
     weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
-    weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)   # (groups, 32, blocks, block)
+    weight = weight.view(size, -1, groups, block)                   # (32, blocks, groups, block)
+    weight = weight.permute(2, 0, 1, 3)                             # (groups, 32, blocks, block)
     return weight.reshape(groups * size, -1).T
 
 @functools.cache

@@ -8,8 +8,8 @@ delta_t, in which B and x are constant, a zero-order hold. At its end, exactly,
     h_t = exp(delta_t A) h_{t-1} + (exp(delta_t A) - 1) / A * B_t x_t
 
 The fraction is the integral of exp(s A) for s from 0 to delta_t. Mamba's code has delta_t in its
-place, and the weights are trained so. The two agree near delta_t A = 0. At -1.6 delta_t is twice
-the fraction. So (Mamba, arXiv 2312.00752):
+place, and the weights are trained so. Near delta_t A = 0 the two agree. Where it is -1.6, delta_t
+is twice the fraction. So (Mamba, arXiv 2312.00752):
 
     delta_t = softplus(dt_t + dt_bias)                a raw number, made a positive time
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t    Eq. 2a; the exact one is Eq. 4
@@ -85,7 +85,7 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
 
 # Third, for training on a CPU: the loop, with the decays of a chunk of steps computed at once.
 # Beyond the inputs, only the state before each chunk is kept. So (b, l, d, n) never exists: of 8192
-# tokens of a layer of the 7B, 134 MB are kept instead of 4.3 GB. From them the backward makes a
+# tokens of a layer of the 7B 134 MB are kept, not 4.3 GB. From them the backward makes a
 # chunk's states again. To run h backwards in time would be to divide by decays that are near 0.
 # Here dv is the gradient dL/dv of any v. Only the input dt is none, and its own is ddt. That of the
 # last h is given. The forward's parts come first, then gradients, from y back to the inputs:
@@ -148,7 +148,7 @@ class Chunked(torch.autograd.Function):
         s = D * x                                                    # ... + C . h, below
         dw, ddelta = torch.empty_like(x), torch.empty_like(x)
         dB, dC, dA = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A)
-        carry = dh_last.mT.contiguous()     # what the later steps add to a chunk's dh; at last dh0
+        carry = dh_last.mT.contiguous()     # what later steps add to a chunk's dh; in the end dh0
         buffers = [carry.new_empty(len(x), ctx.steps, *A.shape) for _ in range(3)]
         for i in reversed(range(len(starts))):
             chunk = slice(i * ctx.steps, (i + 1) * ctx.steps)

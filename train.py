@@ -79,7 +79,7 @@ class Recipe:
     batch_start: int = flag(2, "rows in the first batch", 1, 2**20)
     batch_end: int = flag(8, "rows in a batch after the ramp", 1, 2**20)
     lr: float = flag(4e-3, "peak learning rate, for a batch of --lr-batch rows")
-    lr_batch: int = flag(8, "rows that --lr is for; if --lr is given, --batch-end", 1, 2**20)
+    lr_batch: int = flag(8, "rows that --lr is for; with --lr given, --batch-end is", 1, 2**20)
     decay_factor: float = flag(256.0, "the decay divides the learning rate by this", 1)
     weight_decay: float = flag(0.1, "AdamW's, for matrices only")
     beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
@@ -250,7 +250,7 @@ def tokenized(files: list[Path], tokenizer: Tokenizer, end: int) -> Iterator[np.
             with path.open(encoding="utf-8", newline="") as file:       # newline="" keeps "\r\n"
                 # Lines may be endless, so pieces are not lines. They end with one where they can.
                 while piece := file.read(2**18) + file.readline(2**12):
-                    # Only the batch has a fast variant, which does not ask where a token stands.
+                    # Only batches have a variant without offsets, which is faster.
                     [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
                     yield np.array(encoding.ids, dtype)
                     count += len(encoding.ids)
@@ -301,8 +301,8 @@ class Source:
     def row(self, position: int, context: int, longest: int, seed: int) -> np.ndarray:
         """The `context` + 1 tokens that come after `position` tokens of a walk over the text.
 
-        The text is cut into pieces of the longest context. Each stride of the walk goes 0.618 of all
-        pieces on, and around, so that neighbours in time lie far apart. The stride and the number of
+        The text is cut into pieces of the longest context. Each stride passes 0.618 of all pieces,
+        round and round, so that neighbours in time lie far apart. The stride and the number of
         pieces have no common factor, so all pieces are read before any is read again.
         """
         pieces = (len(self.training) - 1) // longest        # a row's last target is one token more
@@ -338,7 +338,7 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
     generator = np.random.default_rng((recipe.seed, tokens))
     rows = []
     for name in generator.choice([*share], batch_size(recipe, tokens), p=[*share.values()]):
-        # Up to a multiple of the rows' length, which a new stage may raise. All lengths divide the
+        # Rounded up to whole rows, because a new stage may have longer ones. All lengths divide the
         # longest, so no row leaves its piece.
         position = math.ceil(positions[name] / stage.context) * stage.context
         rows.append(sources[name].row(position, stage.context, recipe.longest, recipe.seed))
@@ -361,8 +361,8 @@ class Objective(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """The sum of -log p over the last l tokens of each row, (b, l + 1), in nats.
 
-        Padding is -100: no target for cross_entropy, and as an input token 0. The logits are made for
-        1024 tokens at a time, and again for the backward: all are 2 GB for one row of the 7B.
+        Padding is -100, which cross_entropy leaves out, and which the model reads as token 0. Logits
+        are made for 1024 tokens at a time, and again for the backward: a row of the 7B has 2 GB.
         """
         tokens = rows[:, :-1].clamp(min=0)                              # (b, l)
         targets = rows[:, 1:]                                           # (b, l)
@@ -684,7 +684,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     add = parser.add_argument
     count = number(int, 1, 2**60)
     yes_no = argparse.BooleanOptionalAction
-    add("--recipe", choices=RECIPES, help="defaults of all else: tiny; continue with --init-from")
+    add("--recipe", choices=RECIPES, help="all defaults: tiny, or continue if --init-from is given")
     add("--data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
         "them, or corpus; repeat for more (default: Python's standard library)")
     add("--mixture", help="the sources' shares, as 'web:9 code:1'")
