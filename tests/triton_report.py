@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 import scan_triton as st
 from mamba import Mamba, MambaConfig
+from scan import selective_scan
 from tests import layer_report
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32),
@@ -166,7 +167,7 @@ def memory() -> tuple[int, int]:
 
 def measured() -> None:
     """On a GPU: the scan, timed, and mamba_ssm's kernel beside it, if that is installed."""
-    scans = {"ours": lambda *p: st.selective_scan(*p)[0]}
+    scans = {"ours": lambda *p: selective_scan(*p, backend="triton")[0]}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         scans["mamba_ssm"] = lambda x, dt, A, B, C, D, z, dt_bias: selective_scan_fn(
