@@ -82,13 +82,10 @@ def test_steps_have_a_cell_for_each_layer_and_token_of_any_text(tmp_path, layers
     model = Mamba(MambaConfig(vocab_size=257, d_model=16, n_layer=layers)).to(dtype)
     tokenizer = byte_tokenizer()
     tokens = tokenizer.encode("<a>\x00\n\té" * 80).ids
-    mixer = model.backbone.layers[0].mixer
-    before = {*vars(mixer)}
     draw.draw_steps(model, tokenizer, tokens, tmp_path / "steps.svg")
     found = elements(tmp_path / "steps.svg")
     assert sum(e.get("d").count("M") for e in found if e.get("class") == "dot0") == 500 * layers
     assert [e.text for e in found if e.get("textLength")][:9] == [*"<a>�↵⇥��<"]
-    assert {*vars(mixer)} == before                 # nothing watches it any more
 
 def test_a_longer_step_is_a_darker_cell():
     assert shades([1, 10, 100]) == [0.1, 0.6, 1.0]
