@@ -4,7 +4,6 @@ The program runs inside this process where that is possible, because importing t
 """
 import io
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_sentence, call
+from conftest import assert_sentence, call, largest_file
 from safetensors.torch import load_file, save
 from test_sample import small_model
 from tokenizers import Tokenizer, models
@@ -175,12 +174,9 @@ def test_who_reads_the_text_may_leave(pristine, tmp_path, flags, after, status, 
     assert "Exception" not in ended.stderr and "Traceback" not in ended.stderr
 
 def test_a_state_that_cannot_be_written_leaves_the_old_one_whole(run):
-    """Root may write to any file. So a limit on sizes stops it here."""
     before = Path("state").read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
-    status, _, told = run("--prompt", "other", "--save-state", "state")
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with largest_file(500):
+        status, _, told = run("--prompt", "other", "--save-state", "state")
     assert status == 1 and Path("state").read_bytes() == before
     assert not Path("state.partial").exists()
     assert_sentence(told)

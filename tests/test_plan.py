@@ -1,15 +1,12 @@
 """The plan's claims: it counts the steps that training takes, and the memory that a rank and a step take."""
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, python
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
@@ -80,8 +77,7 @@ print(sum(4 * p.to_local().numel() for p in objective.parameters()))
 """
 
 def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
-    run = subprocess.run([sys.executable, "-c", SHARDED_7B], cwd=Path(train.__file__).parent,
-                         capture_output=True, text=True)
+    run = python(SHARDED_7B)
     assert run.returncode == 0, run.stderr
     mine = int(run.stdout)
     needs = memory(MambaConfig(), 256, torch.bfloat16)

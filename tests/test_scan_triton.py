@@ -4,16 +4,14 @@ Without a GPU the kernels run in Triton's interpreter, one Python step for each 
 With one, the same tests run compiled. Where an emulator stands beside the repository, test_scan_triton_compile.py
 runs some of them compiled without a GPU. Errors are relative to the largest value compared.
 """
-import os
 import re
-import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import python
 from hypothesis import Phase, example, given, settings, strategies as some
 from torch.utils.checkpoint import checkpoint
 
@@ -217,9 +215,7 @@ def test_torch_compile_and_checkpointing_go_around_it_without_a_break():
      "try: runpy.run_path('scan_triton.py', run_name='__main__')\n"
      "except SystemExit as e: print(e)", "pip install triton")], ids=["CPU", "import", "report"])
 def test_what_is_missing_is_told_in_a_sentence(code, said):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
-                          cwd=Path(__file__).parent.parent)
+    done = python(code)
     assert re.search(said, done.stdout) and done.stdout.count("\n") == 1
 
 @pytest.mark.skipif(GPU, reason="with a GPU the kernels are compiled, and the report runs")

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import assert_sentence, call
+from conftest import assert_sentence, call, largest_file
 from safetensors.torch import load_file
 
 import mamba
@@ -343,7 +342,6 @@ def test_four_passes_a_step_draw_the_curve_of_one(run, uninterrupted, tmp_path):
 
 def test_compiled_blocks_and_checkpointed_activations_change_nothing(run, uninterrupted, tmp_path, monkeypatch,
                                                                      graphs):
-    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     calls = []
     recomputed = train.recomputed
     monkeypatch.setattr(train, "recomputed", lambda *args: calls.append(args) or recomputed(*args))
@@ -358,7 +356,6 @@ def test_one_compiled_code_serves_all_layers_and_batches_and_at_most_another_eac
     compiled hangs on sizes alone."""
     monkeypatch.setattr(scan_triton, "launch", lambda *args, **sizes: None)
     monkeypatch.setattr(train.scan, "default_backend", lambda *_: "triton")
-    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     options, _ = train.parse(["--device", "cpu", "--compile", "--checkpoint-activations"])
     config = MambaConfig(vocab_size=257, d_model=8, n_layer=3, d_state=2)
     found = []
@@ -507,10 +504,8 @@ def test_resuming_another_run_is_refused_with_both_values(run, uninterrupted, ty
 
 def test_what_cannot_be_written_is_a_sentence_and_is_written_by_resuming(run, uninterrupted, at_9):
     before = contents(at_9 / "checkpoints")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))      # as a full disk
-    status, _, told = run(at_9, "--resume")
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with largest_file(60_000):
+        status, _, told = run(at_9, "--resume")
     assert status == 1
     assert_sentence(told, "too large")
     assert before.items() <= contents(at_9 / "checkpoints").items()
