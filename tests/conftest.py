@@ -11,6 +11,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -29,6 +30,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if not torch.cuda.is_available():   # Triton reads this as it decorates the kernels, so before their import
     os.environ["TRITON_INTERPRET"] = "1"
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
 
 def call(program, *flags):
     """Run a program's main here -> its exit status, its output, and what it told on the way."""
@@ -49,7 +55,7 @@ def call(program, *flags):
         signal.signal(number, handler)
     out.seek(0)
     err.seek(0)
-    return status, out.read(), err.read()
+    return Ended(status, out.read(), err.read())
 
 def complaints(told):
     """The lines that the programs and argparse do not tell when all is well."""

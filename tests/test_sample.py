@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, call
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -41,12 +41,11 @@ def model(folder):
     return Mamba.from_pretrained(folder)
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
+def run(folder):
     def run(*flags):
-        flags = ["sample.py", "--model", folder, "--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", [str(flag) for flag in flags])
-        sample.main()
-        return capsys.readouterr()
+        ended = call(sample, "--model", folder, "--device", "cpu", *flags)
+        assert ended.status == 0, ended.err
+        return ended
     return run
 
 def last_state(steps):
