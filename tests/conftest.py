@@ -75,6 +75,10 @@ def assert_sentence(told, *words):
     assert re.match(r"(sample|train)\.py: ", lines[0]), lines
     assert_plain(lines[0], *words)
 
+def assert_refused(ended, *words):
+    assert ended.status in (1, 2)
+    assert_sentence(ended.err, *words)
+
 def python(code, *args, **variables):
     """Run this code in a process of its own, in which Triton compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
