@@ -24,6 +24,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)    # as in the processes beside the tests: two may sum in another order
+
 # The same examples everywhere, so a failure can be repeated. HYPOTHESIS_PROFILE=default looks for others.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

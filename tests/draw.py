@@ -440,7 +440,8 @@ def draw_runs(folders: list[Path]) -> Path:
     """The losses of a run, or of several over one another -> where they were drawn."""
     if len(folders) == 1:
         path = folders[0] / "loss.svg"
-        picture = losses(read_metrics(folders[0] / "metrics.jsonl"), f"Loss of the run in {folders[0]}")
+        rows = read_metrics(folders[0] / "metrics.jsonl")
+        picture = losses(rows, f"Loss of the run in {folders[0]}")
     else:
         path = Path("runs.svg")
         picture = compare(read_runs(folders), "Losses of runs")

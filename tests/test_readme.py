@@ -81,10 +81,6 @@ def ahead(place: Path) -> dict[str, subprocess.CompletedProcess]:
 def test_what_it_shows_runs(begun, text):
     assert begun[text].returncode == 0, begun[text]
 
-def test_ci_runs_the_readmes_own_lines():
-    script = (ROOT / ".ci" / "run").read_text()
-    assert "python -m pytest" in script and "-r requirements.txt" in script
-
 def test_the_table_counts_the_lines_of_each_file():
     table = dict(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M))
     lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in FILES}

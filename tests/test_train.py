@@ -33,14 +33,6 @@ from train import (GT, RECIPES, Objective, Recipe, Source, Stage, Trainer, batch
 SEVEN = RECIPES["falcon-mamba-7b"]
 END = 256       # the byte tokenizer's
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the processes beside these tests have: two threads may sum in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Sixty short documents."""
