@@ -2,7 +2,7 @@
 
 | claim | test | tolerance | measured |
 |---|---|---|---|
-| every scan is the float64 loop, in values and gradients | `test_every_scan_is_the_float64_loop_in_values_and_all_gradients` | 1e-5 of the largest value | 9e-7, `python scan.py` |
+| every scan is the float64 loop, in values and gradients | `test_every_scan_is_the_float64_loop_in_values_and_all_gradients` | 3e-5 of the largest value | 9e-7, `python scan.py` |
 | so are the Triton kernels, interpreted | `test_values_and_gradients_are_the_float64_loops` | fp32 1e-5, bf16 8e-3, fp16 1e-3 | 4e-7, 6e-3, 5e-4 |
 | and compiled for sm_90 and run on a CPU, by Triton 3.7.1 and 3.9 | `test_compiled_for_an_h100_and_run_on_a_cpu_the_results_are_the_float64_loops` | the same | the same |
 | at the 7B's sizes they spill no registers on an H100, A100 or MI300 | `test_nothing_spills` | 0 bytes | 0 bytes |

@@ -59,8 +59,9 @@ def with_gradients(scan, args, **options):
 def double(args):
     return {k: v.double() if v.is_floating_point() else v for k, v in args.items()}
 
-def assert_exact(args, **options):
+def assert_exact(args, fp32=1e-5, **options):
     """As the loop is in float64, relative to each result's largest value."""
+    tolerance = TOLERANCE | {torch.float32: fp32}
     exact = with_gradients(loop, double(args))
     dtypes = {k: v.dtype for k, v in args.items()} | {"y": args["x"].dtype, "h": torch.float32}
     for name, value in with_gradients(selective_scan, args, **options).items():
@@ -68,14 +69,14 @@ def assert_exact(args, **options):
         # These two gradients are sums over all steps: where the terms cancel, only as exact as they are.
         terms = {"dt_bias": "dt", "D": "y"}.get(name, name)
         scale = max(exact[name].abs().max(), exact[terms].abs().max()).clamp(min=1e-3)
-        assert (value.double() - exact[name]).abs().max() <= TOLERANCE[value.dtype] * scale, name
+        assert (value.double() - exact[name]).abs().max() <= tolerance[value.dtype] * scale, name
 
 @pytest.mark.parametrize("backend", PYTORCH)
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 6),
        st.sampled_from([-12.0, -3.0, 0.0, 4.0]), st.sampled_from([0.0, 0.2, 1.0]))
 def test_every_scan_is_the_float64_loop_in_values_and_all_gradients(backend, seed, b, l, d, n, step, resets):
-    assert_exact(inputs(seed, b, l, d, n, step, resets), backend=backend)
+    assert_exact(inputs(seed, b, l, d, n, step, resets), fp32=3e-5, backend=backend)
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -73,17 +73,16 @@ def tool(name: str, *args: str) -> str:
 
 @functools.cache
 def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
-    """Registers, stack, spills, shared memory, and the instructions of the loop per state update."""
+    """Registers, stack, spills, and the instructions of the loop per state update."""
     compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
-        names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count",
-                 "SHARED": "group_segment_fixed_size"}
+        names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count"}
         text = compiled.asm["amdgcn"]
         return {kind: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for kind, name in names.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name))
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name))
         code = tool("nvdisasm", "-c", f.name)
     counted = loop_of(code)
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
@@ -261,24 +260,21 @@ def print_kernels() -> None:
           "least; * is the slowest. Beside them, how many warps fit on an\nSM by registers, and the ms of so many "
           f"if a warp takes {WAITS['issue']} cycles an instruction, {WAITS['SHFL']} more a shuffle,\n"
           f"{WAITS['BAR']} a barrier, and waits {LOADS} for the loads of a block.\n")
-    print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
-          f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6} {'warps':>5} {'waits':>5}")
+    print(f"{'kernel':18} {'regs':>4} {'instr/upd':>9} {'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} "
+          f"{'SHFL':>6} {'warps':>5} {'waits':>5}")
     for label in KERNELS:
-        for target in TARGETS:
-            found = count(label, target)
-            line = f"{label:18} {target:7} {found['REG']:4} {found['STACK']:5} {found['LOCAL']:5}"
-            line += f" {found['SHARED']:6}"
-            if "issue" in found:
-                line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
-            if target == "sm_90":
-                ms = estimate(label, found)
-                line += f" {traffic()[label] / 1e6:6.0f}"
-                for kind in "HBM", "MUFU", "issue", "SHFL":
-                    line += f" {ms[kind]:5.2f}{'*' if ms[kind] == max(ms.values()) else ' '}"
-                line += f" {warps(found):5} {waiting(label, found):5.2f}"
-            print(line)
+        found = count(label)
+        ms = estimate(label, found)
+        line = f"{label:18} {found['REG']:4} {found['issue']:9.1f} {found['MUFU']:8.2f} {traffic()[label] / 1e6:6.0f}"
+        for kind in "HBM", "MUFU", "issue", "SHFL":
+            line += f" {ms[kind]:5.2f}{'*' if ms[kind] == max(ms.values()) else ' '}"
+        print(line + f" {warps(found):5} {waiting(label, found):5.2f}")
     sums = "backward: sums"
-    print(f"{sums:67} {traffic()[sums] / 1e6:6.0f} {estimate(sums, {})['HBM']:5.2f}*\n")
+    print(f"{sums:41} {traffic()[sums] / 1e6:6.0f} {estimate(sums, {})['HBM']:5.2f}*\n")
+    for target in TARGETS:
+        found = [count(label, target) for label in KERNELS]
+        spilled = sum(each["STACK"] + each["LOCAL"] for each in found)
+        print(f"{target}: at most {max(each['REG'] for each in found)} registers, spills: {spilled}")
     for name, reset, waits in (("estimated", False, False), ("with resets", True, False),
                                ("with waits", False, True)):
         ms = total(reset, waits)
