@@ -1,5 +1,6 @@
 """Weights in four bits, 16-bit products without units for them, and code that is compiled anew."""
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -8,17 +9,15 @@ from conftest import python
 
 import mamba
 import sample
-from mamba import Int4Linear, Linear, Mamba, MambaConfig, block_size, unpack
-from test_bad_checkpoint import shards
+from mamba import Int4Linear, Linear, Mamba, block_size, unpack
+from test_bad_checkpoint import model, shards
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 def error(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm()).item()
 
-def small(**changes):
-    torch.manual_seed(0)
-    return Mamba(MambaConfig(**dict(vocab_size=257, d_model=64, n_layer=2) | changes)).eval()
+small = partial(model, d_model=64)
 
 def unpacked(layer):
     """A layer's weight as float64, by unpack, or by the kernel itself where that packs otherwise."""
@@ -63,8 +62,8 @@ def test_equal_weights_and_nan_are_kept():
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"bias": True}])
 def test_a_model_in_shards_loads_in_four_bits_and_is_near_its_own(tmp_path, changes):
-    model = small(**changes)
-    model.save_pretrained(tmp_path)
+    whole = small(**changes)
+    whole.save_pretrained(tmp_path)
     shards(tmp_path, {})
     four = Mamba.from_pretrained(tmp_path, quantize=True)
     layers = [module for module in four.modules() if isinstance(module, Int4Linear)]
@@ -72,9 +71,9 @@ def test_a_model_in_shards_loads_in_four_bits_and_is_near_its_own(tmp_path, chan
     assert len(layers) == 3 * 2 + (not tied)            # the embeddings, and a tied head, stay
     for name in "A_log", "D", "conv1d.weight", "dt_proj.weight", "dt_proj.bias":
         assert torch.equal(four.get_parameter(f"backbone.layers.1.mixer.{name}"),
-                           model.get_parameter(f"backbone.layers.1.mixer.{name}"))
+                           whole.get_parameter(f"backbone.layers.1.mixer.{name}"))
     x = torch.randint(257, (2, 150))
-    own = model(x)[0].double()
+    own = whole(x)[0].double()
     assert 1e-3 < error(four(x)[0], own) < 0.3
     assert len([*sample.generate(four, x, 5, 0)]) == 5
     with pytest.raises(ValueError, match="4 bits"):

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 import mamba
 import scan_triton
 import train
-from kill_loop import ONE_THREAD, SMALL, curve, flags, kill_loop, start
+from kill_loop import ONE_THREAD, curve, flags, kill_loop, start
 from mamba import Mamba, MambaConfig
 from sample import read_tokenizer
 from train import (GT, RECIPES, Objective, Recipe, Source, Stage, Trainer, batch_size, byte_tokenizer,
-                   choose_rows, context_length, learning_rate, optimizer, read_source, shares, stage_at)
+                   choose_rows, context_length, learning_rate, optimizer, read_source, shares)
 
 SEVEN = RECIPES["falcon-mamba-7b"]
 END = 256       # the byte tokenizer's
@@ -308,13 +308,15 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
     rows = torch.arange(130).view(2, 65)
     exact = t.objective(rows).item()
     mixer = t.model.backbone.layers[0].mixer
-    tensors = {}
+    halves = set()
+    streams = set()
+    t.model.backbone.layers[1].norm.register_forward_pre_hook(lambda _, inputs: streams.add(inputs[0].dtype))
 
-    def spy(x, dt, A, B, C, D, z, dt_bias, *more, scan=mamba.selective_scan):
-        if not tensors:         # as the first layer runs
-            tensors.update(x=x, dt=dt, z=z, A=A, D=D, dt_bias=dt_bias, A_log=mixer.A_log, conv=mixer.conv1d.weight,
-                           in_proj=mixer.in_proj.weight, dt_proj=mixer.dt_proj.weight)
-        return scan(x, dt, A, B, C, D, z, dt_bias, *more)
+    def spy(*inputs, scan=mamba.selective_scan):
+        names = "x", "dt", "A", "B", "C", "D", "z", "dt_bias"
+        tensors = dict(zip(names, inputs)) | dict(mixer.named_parameters())     # gathered, as the first layer runs
+        halves.update(name for name, v in tensors.items() if v.dtype == torch.bfloat16)
+        return scan(*inputs)
     monkeypatch.setattr(mamba, "selective_scan", spy)
     arrived = []                # parameters that have a gradient before each pass, and before the step
 
@@ -327,8 +329,8 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
         t.objective.register_forward_pre_hook(count, prepend=True)      # before it gathers anything
         t.adam.register_step_pre_hook(count)
         t.update()
-    assert {name for name in tensors if tensors[name].dtype == torch.bfloat16} == {"x", "dt", "z", "in_proj", "dt_proj"}
-    assert {p.dtype for p in t.model.parameters()} == {torch.float32}
+    assert halves == {"x", "dt", "z", *(f"{name}.weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))}
+    assert streams == {p.dtype for p in t.model.parameters()} == {torch.float32}
     assert loss == pytest.approx(exact, rel=0.01) and loss != exact
     assert arrived == [0, 0, 0, len([*t.model.parameters()])]
 
