@@ -22,6 +22,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -54,7 +56,7 @@ class MambaConfig:
     bias: bool = False                  # of in_proj and out_proj
     conv_bias: bool = True
     tie_embeddings: bool = False        # lm_head is the embedding matrix
-    initializer_range: float = 0.1      # standard deviation of fresh linear and embedding weights
+    initializer_range: float = 0.1      # standard deviation of what initialize() draws
     bos_token_id: int = 0               # or None; never put before a text
     eos_token_id: int = 11              # or None, or a list: a text ends at any of them
     pad_token_id: int = 0               # or None
@@ -73,13 +75,13 @@ class MambaConfig:
         """From a published config.json; ValueError if it is missing, broken, or another model's."""
         return cls(**read_config(path))
 
-# Small tensors that are fp32 in every model. A rounding of A_log would act at each token, and one of
+# Small tensors that are fp32 in every model. A rounding of A_log would act at each token. In bf16
 # dt_proj's bias, about -7, would change a token's delta by up to 1.6 %.
 KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
 
 class State(NamedTuple):
     """All that the model remembers of a text: 37 MB for the 7B, after one token or a million."""
-    conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the convolution's last inputs
+    conv: list[Tensor]      # of each layer (b, k - 1, d): `past`, the last inputs, in their dtype
     ssm: list[Tensor]       # of each layer (b, d, n): `h`, the scan's state, in fp32
 
     def copy(self) -> "State":
@@ -92,36 +94,6 @@ class RMSNorm(nn.RMSNorm):
         # Rounded once, at the end. The reference also rounds before it multiplies by the weight.
         y = F.rms_norm(stream, self.normalized_shape, self.weight.float(), self.eps)
         return y.to(self.weight.dtype)
-
-# What CPUs call their units for 16-bit products (torch.cpu.get_capabilities); ARM's name is last.
-UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
-NO_UNITS = [dtype for dtype, names in UNITS.items()
-            if not any(torch.cpu.get_capabilities().get(name) for name in names)]
-WIDEN_FROM = 8      # tokens: for 4 PyTorch's own product was as fast, for 256 2.4 times as slow
-FUSE_BELOW = 2**19  # numbers in a weight: torch.compile then made the 190M write 5 % faster
-ROWS = 512          # of a weight are widened, packed or unpacked at a time, and a cache holds them
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias. A CPU without units for 16 bits takes it in fp32, if tokens are many.
-
-    PyTorch's own product widens each weight again for every few tokens. Training goes without this,
-    because its backward would keep the wide weights.
-    """
-    if torch.compiler.is_compiling() and x.numel() == x.shape[-1] and weight.numel() < FUSE_BELOW:
-        # One token: written out, a small product becomes one loop with what stands around it.
-        y = (x.float()[..., None, :] * weight.float()).sum(-1)
-        return (y if bias is None else y + bias).to(x.dtype)
-    few = x.numel() < WIDEN_FROM * x.shape[-1]
-    if few or x.device.type != "cpu" or x.dtype not in NO_UNITS or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    wide = x.float()
-    y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
-    return (y if bias is None else y + bias).to(x.dtype)
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return product(x, self.weight, self.bias)
 
 class Mixer(nn.Module):
     """What one layer does with the normalised stream."""
@@ -149,7 +121,7 @@ class Mixer(nn.Module):
         x, past = self.conv(x, past, reset, taps, bias)             # (b, l, d), (b, k - 1, d)
         past = past.clone(memory_format=torch.contiguous_format)    # a view would keep it all, too
         dt, B, C = self.selection(x)                                # (b, l, d), (b, l, n) twice
-        # The scan adds dt_proj's bias in fp32. In bf16 a time would be off by up to 1.6 %.
+        # The scan adds dt_proj's bias, in fp32.
         y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, h, reset)
         return self.out_proj(y), past, h
 
@@ -182,7 +154,7 @@ class Mixer(nn.Module):
         window = torch.cat([past, x], dim=1)                                # (b, k - 1 + l, d)
         past = window[:, l:]
         if reset is not None:
-            # Documents are numbered, and the past is 0. For k = 3, reset = [0, 1, 0] gives
+            # Number the documents, the past as 0. For k = 3, reset = [0, 1, 0] gives
             # [0, 0, 0, 1, 1]: two of the past, three tokens. So token 1 sees only itself.
             doc = F.pad(reset.cumsum(1), (k - 1, 0))                        # (b, k - 1 + l)
             former = doc[:, l:] != doc[:, -1:]      # of another document than the last token
@@ -199,7 +171,10 @@ class Mixer(nn.Module):
         return F.silu(y).to(x.dtype), past
 
     def selection(self, x):
-        """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here."""
+        """dt, B and C of each token. Falcon-Mamba's addition, three weightless norms, is here.
+
+        They bound what the scan is given, however large x_proj's weights become.
+        """
         r, n = self.widths
         dt, B, C = self.x_proj(x).float().split([r, n, n], dim=-1)
         # First the norm, then dt_proj, as in the reference. Its fused training kernel swaps them.
@@ -219,9 +194,9 @@ class Block(nn.Module):
         return stream + out, past, h                                # the stream stays fp32
 
     def step(self, stream, out, past, h, constants):
-        """For one token. `out` is what the layer before adds to the stream, and the second result.
+        """For one token. Adds the `out` of the layer before to the stream, and returns its own.
 
-        So the sum and the norm that follows it stand in one function, which is compiled.
+        So a sum and the norm after it are in one function, which torch.compile makes one loop.
         """
         stream = stream + out
         return stream, self.mixer.step(self.norm(stream), past, h, constants)
@@ -275,25 +250,16 @@ class Mamba(nn.Module):
 
         For inference. `constants` are those of constants(), made since the weights last changed.
         """
-        # For one row of bf16 a CPU's oneDNN takes twice as long as PyTorch's own product. All
-        # threads share its switch, so only a call that turned it off turns it on.
-        onednn = torch.backends.mkldnn
-        turn_off = token.numel() == 1 and onednn.enabled
-        if turn_off:
-            onednn.enabled = False
-        try:
-            out = self.backbone.embeddings(token)                   # (b, 1, m)
+        with without_onednn(token.numel() == 1):
+            out = self.backbone.embeddings(token)       # (b, 1, m): layer 0 adds it to the stream
             stream = torch.zeros_like(out, dtype=torch.float32)
             layers = self.backbone.layers
             for layer, past, h, constant in zip(layers, *state, constants, strict=True):
                 stream, out = layer.step(stream, out, past, h, constant)
             return self.lm_head(self.backbone.norm_f(stream + out)).float()
-        finally:
-            if turn_off:
-                onednn.enabled = True
 
     def constants(self) -> list:
-        """Of each layer what no token changes. Whoever writes a text makes it once."""
+        """Each layer's constants(), to be made once for a text."""
         return [layer.mixer.constants() for layer in self.backbone.layers]
 
     def blank_state(self, batch: int) -> State:
@@ -310,7 +276,7 @@ class Mamba(nn.Module):
         """Load a folder, or a Hugging Face hub id, which is downloaded first.
 
         Weights become `dtype`, or stay as stored if it is None: on a CPU in the mapped files,
-        uncopied. A_log, D, the convolution and dt_proj's bias, small and exact, are always fp32.
+        uncopied. What KEEP_FP32 names is always fp32.
         `quantize` makes an Int4Linear of each in_proj, x_proj and out_proj and of lm_head.
         ValueError, in one sentence, for what is missing, broken, or does not fit together.
         """
@@ -327,15 +293,14 @@ class Mamba(nn.Module):
             why = shorten(str(e), 400)
             raise ValueError(f"{folder} does not fit its config.json: {why!r:.450}") from e
         del tensors                     # or none would be let go, once it is in 4 bits
-        stored = model.backbone.embeddings.weight.dtype
+        embeddings = model.backbone.embeddings.weight
         if config.tie_embeddings:       # assign=True has made them two
-            head, embeddings = model.lm_head, model.backbone.embeddings
-            if not torch.equal(head.weight.to(stored), embeddings.weight):
+            if not torch.equal(model.lm_head.weight.to(embeddings.dtype), embeddings):
                 raise ValueError(f"{folder} has an lm_head.weight and other backbone.embeddings."
                                  "weight, but its config.json says tie_word_embeddings")
-            head.weight = embeddings.weight
+            model.lm_head.weight = embeddings
 
-        dtype = dtype or stored
+        dtype = dtype or embeddings.dtype
         dtype = torch.float32 if dtype == torch.float64 else dtype
         in_4_bits = "in_proj.weight", "x_proj.weight", "out_proj.weight", "lm_head.weight"
         names = [name for name, _ in model.named_parameters()]
@@ -361,24 +326,22 @@ class Mamba(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = tensors or {name: p.detach() for name, p in self.named_parameters()}
-        config = folder / "config.json.partial"
-        weights = folder / "model.safetensors.partial"
+        dtype = tensors["backbone.embeddings.weight"].dtype
+        config = replacing(folder / "config.json")
+        weights = replacing(folder / "model.safetensors")
         try:
-            write_config(self.config, tensors["backbone.embeddings.weight"].dtype, config)
-            safetensors.torch.save_file(tensors, weights, {"format": "pt"})
-            shutil.copymode(config, weights)    # else only its owner could read it
-            # Killed between these two, it leaves new weights with the old config.json. Loading
-            # refuses them if a shape differs.
-            replace_file(weights, folder / "model.safetensors")
-            replace_file(config, folder / "config.json")
+            # Both are written, then renamed. Killed between, this leaves new weights with the old
+            # config.json. Loading refuses them if a shape differs.
+            with config as new_config, weights as new_weights:
+                new_config.write_bytes(config_json(self.config, dtype))
+                safetensors.torch.save_file(tensors, new_weights, {"format": "pt"})
+                shutil.copymode(new_config, new_weights)    # else only its owner could read it
         except (OSError, safetensors.SafetensorError) as e:
-            config.unlink(missing_ok=True)
-            weights.unlink(missing_ok=True)
             raise OSError(f"cannot write the checkpoint {folder}: {e}") from e
 
 @torch.no_grad()
 def initialize(model: Mamba) -> None:
-    """Draw anew what PyTorch's layers have drawn otherwise than the reference does."""
+    """Redraw the weights that the reference draws otherwise than PyTorch."""
     for name, p in model.named_parameters():
         if name.endswith("dt_proj.bias"):       # so that a token lasts from 0.001 to 0.1
             delta = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -389,7 +352,53 @@ def initialize(model: Mamba) -> None:
                             "lm_head.weight")):
             nn.init.normal_(p, std=model.config.initializer_range)
 
-# Four bits a weight. To write a token is to read all weights, and so they are a third of bf16's.
+# Matrix products, which CPUs take in several ways.
+
+# What CPUs call their units for 16-bit products (torch.cpu.get_capabilities); ARM's name is last.
+UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+NO_UNITS = [dtype for dtype, names in UNITS.items()
+            if not any(torch.cpu.get_capabilities().get(name) for name in names)]
+WIDEN_FROM = 8      # tokens: PyTorch's own product is as fast at 4, and 2.4 times slower at 256
+FUSE_BELOW = 2**19  # numbers in a weight: fusing smaller ones made the 190M write 5 % faster
+ROWS = 512          # of a weight that are taken at a time, so that they stay in a cache
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, by what is fastest for so many tokens."""
+    tokens = x.numel() // x.shape[-1]
+    if tokens == 1 and torch.compiler.is_compiling() and weight.numel() < FUSE_BELOW:
+        # Written out, a small product becomes one loop with what stands around it.
+        y = (x.float()[..., None, :] * weight.float()).sum(-1)
+    elif (tokens >= WIDEN_FROM and x.device.type == "cpu" and x.dtype in NO_UNITS
+          and not torch.is_grad_enabled()):     # because a backward would keep the wide weights
+        # PyTorch's own product widens each weight again for every few tokens.
+        wide = x.float()
+        y = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(ROWS)], dim=-1)
+    else:
+        return F.linear(x, weight, bias)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
+@contextmanager
+def without_onednn(wanted: bool) -> Iterator[None]:
+    """For one row of bf16, oneDNN takes twice as long as PyTorch's own product.
+
+    All threads share its switch, so only a call that turned it off turns it on.
+    """
+    onednn = torch.backends.mkldnn
+    turn_off = wanted and onednn.enabled
+    if turn_off:
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        if turn_off:
+            onednn.enabled = True
+
+# Four bits a weight, five with the levels: a third of bf16's. To write a token is to read them all.
 
 class Int4Linear(nn.Module):
     """A linear layer whose weight is kept in groups: 32 neighbours in a row.
@@ -400,9 +409,10 @@ class Int4Linear(nn.Module):
 
         weight = (code - 8) scale + zero
 
-    So a number is off by up to half of `scale`. Of normally distributed ones 8 % are lost, in the
-    root mean square; groups of 64 would lose 9 %. PyTorch's kernels unpack as they multiply, take
-    bf16 and are made for few tokens. Those for CUDA are untried.
+    So a number is off by half of `scale` at most. For normally distributed ones that is 8 % (root
+    mean square), and in groups of 64 9 %. dt_proj and the embeddings stay as they are. PyTorch's
+    kernels unpack as they multiply, take bf16 and are made for few tokens. Those for CUDA are
+    untried.
     """
     GROUP = 32
     UNPACK_FROM = 96    # tokens: a CPU's kernel is slower from here on than unpack and a product
@@ -411,40 +421,38 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features = len(weight)
         self.bias = bias
-        packed = []
-        levels = []
-        for rows in weight.split(ROWS):
-            rows = F.pad(rows.float(), (0, 0, 0, -len(rows) % 64))  # a kernel's block has 64 rows
-            groups = rows.unflatten(1, (-1, self.GROUP))            # (rows, in / 32, 32)
-            low = groups.amin(-1, keepdim=True)
-            high = groups.amax(-1, keepdim=True)
-            scale = ((high - low) / 15).clamp(min=1e-9).bfloat16()
-            zero = (low + 8 * scale.float()).bfloat16()
-            codes = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
-            packed.append(pack(codes.view(rows.shape)))
-            levels.append(torch.cat([scale, zero], dim=-1))         # (rows, in / 32, 2)
-        levels = torch.cat(levels).transpose(0, 1).contiguous()     # (in / 32, out, 2)
+        pieces = [pack(rows.float()) for rows in weight.split(ROWS)]
+        packed, levels = zip(*pieces)
         self.packed = nn.Parameter(torch.cat(packed), requires_grad=False)
-        self.levels = nn.Parameter(levels, requires_grad=False)
+        self.levels = nn.Parameter(torch.cat(levels, dim=1), requires_grad=False)
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                     # (b l, in)
         if x.is_cuda or len(rows) < self.UNPACK_FROM or not block_size():
             y = multiply(rows.bfloat16().contiguous(), self.packed, self.levels)
         else:
-            rows = rows.float() if x.dtype in NO_UNITS else rows
             pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
-            weights = (unpack(*piece, block_size()).to(rows.dtype) for piece in pieces)
-            y = torch.cat([rows @ weight for weight in weights], dim=1)
+            weights = (unpack(*piece, block_size()).to(x.dtype) for piece in pieces)
+            y = torch.cat([product(rows, weight) for weight in weights], dim=1)
         y = y[:, :self.out_features].unflatten(0, x.shape[:-1])     # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-def pack(codes: Tensor) -> Tensor:
-    """Two codes a byte, as the device's kernel wants them."""
-    if codes.is_cuda:
-        pairs = 16 * codes[:, ::2] + codes[:, 1::2]
-        return torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a weight -> codes, as the device's kernel wants them; levels (in / 32, rows, 2)."""
+    rows = F.pad(rows, (0, 0, 0, -len(rows) % 64))                  # a kernel's block has 64 rows
+    groups = rows.unflatten(1, (-1, Int4Linear.GROUP))              # (rows, in / 32, 32)
+    low = groups.amin(-1, keepdim=True)
+    high = groups.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-9).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    codes = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
+    codes = codes.view(rows.shape)
+    if rows.is_cuda:
+        pairs = 16 * codes[:, ::2] + codes[:, 1::2]                 # two codes a byte
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs.byte(), 2)
+    else:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    return packed, torch.cat([scale, zero], dim=-1).transpose(0, 1)
 
 def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
     if rows.is_cuda:
@@ -452,51 +460,51 @@ def multiply(rows: Tensor, packed: Tensor, levels: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, Int4Linear.GROUP, levels)
 
 def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
-    """Some rows of a weight, (in, rows) in bf16: what a CPU's kernel makes of the identity.
+    """Some rows of a weight, (rows, in) in bf16: what a CPU's kernel makes of the identity.
 
-    A weight is packed block of rows by block, and a block group by group. So each group of a block
-    can pass for a weight of 32 inputs, and one identity of that size serves for all.
+    Packed are blocks of rows, and in each its groups. So a group of a block can pass for a weight
+    of 32 inputs, and one identity of that size unpacks them all.
     """
     groups, size = len(levels), Int4Linear.GROUP
     levels = levels.unflatten(1, (-1, block)).transpose(0, 1)       # (blocks, groups, block, 2)
     identity = torch.eye(size, dtype=torch.bfloat16)
     weight = multiply(identity, packed.view(-1, size // 2), levels.reshape(1, -1, 2))
     weight = weight.view(size, -1, groups, block).permute(2, 0, 1, 3)       # (g, 32, blocks, block)
-    return weight.reshape(groups * size, -1)
+    return weight.reshape(groups * size, -1).T
 
 @functools.cache
 def block_size() -> int:
-    """Of how many rows this CPU's kernel makes a block; 0 if not as unpack has it."""
-    codes = torch.arange(64 * 64).view(64, 64) // 5 % 16
-    levels = torch.tensor([1, 8]).bfloat16().repeat(2, 64, 1)       # a weight is its code
+    """How many rows a block of this CPU's kernel has; 0 if unpack is wrong here."""
+    weight = torch.arange(64.0 * 64).sin().view(64, 64)             # levels of it are 2 / 15 apart
     for block in 64, 32, 16:
-        if torch.equal(unpack(pack(codes), levels, block), codes.mT.bfloat16()):
+        if (unpack(*pack(weight), block) - weight).abs().max() < 0.08:
             return block
     return 0
 
 # From here on: files, and what is wrong with them.
 
-# Where config.json has another name for a field of MambaConfig.
-PUBLISHED = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
-             "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
-             "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
-             "bias": "use_bias", "conv_bias": "use_conv_bias",
-             "tie_embeddings": "tie_word_embeddings"}
+# What config.json calls each field of MambaConfig.
+PUBLISHED = {f.name: f.name for f in fields(MambaConfig)}
+PUBLISHED |= {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
+              "d_conv": "conv_kernel", "d_inner": "intermediate_size", "dt_rank": "time_step_rank",
+              "norm_eps": "layer_norm_epsilon", "mixer_norm_eps": "mixer_rms_eps",
+              "bias": "use_bias", "conv_bias": "use_conv_bias",
+              "tie_embeddings": "tie_word_embeddings"}
 UNQUANTISED = "is quantised; load the unquantised one, which sample.py --quantize can make small"
 
 def check(config: MambaConfig) -> None:
     """ValueError for a value that no model can have."""
     for f in fields(config):
         is_id = f.name.endswith("_id")
-        least = 0 if is_id or f.type is float else 1
+        least = 1 if f.type is int and not is_id else 0
         most = 1024 if f.name == "n_layer" else 2**20           # or it would ask for all memory
         value = getattr(config, f.name)
         several = f.name == "eos_token_id" and type(value) is list
         for v in value if several else [value]:
             if v is None and (is_id or f.default is None):
                 continue
-            if type(v) is not f.type or not (f.type is bool or least <= v <= most):
-                raise ValueError(f"{PUBLISHED.get(f.name, f.name)} is {value!r:.50}, but must be "
+            if type(v) is not f.type or not least <= v <= most:
+                raise ValueError(f"{PUBLISHED[f.name]} is {value!r:.50}, but must be "
                                  f"{f.type.__name__}, from {least} to {most} if it is a number")
 
 def read_config(path: Path) -> dict:
@@ -510,18 +518,17 @@ def read_config(path: Path) -> dict:
         raise ValueError(f"{path.parent} {UNQUANTISED}")
     if raw.get("time_step_rank") == "auto":
         raw["time_step_rank"] = None
-    names = {f.name: PUBLISHED.get(f.name, f.name) for f in fields(MambaConfig)}
-    return {ours: raw[name] for ours, name in names.items() if name in raw}
+    return {ours: raw[name] for ours, name in PUBLISHED.items() if name in raw}
 
-def write_config(config: MambaConfig, dtype: torch.dtype, path: Path) -> None:
+def config_json(config: MambaConfig, dtype: torch.dtype) -> bytes:
     """What transformers reads as a FalconMambaConfig."""
     raw = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba",
            "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
            "residual_in_fp32": True,
            "pad_vocab_size_multiple": 1}    # else llama.cpp's converter rounds vocab_size up
-    for f in fields(config):
-        raw[PUBLISHED.get(f.name, f.name)] = getattr(config, f.name)
-    path.write_text(json.dumps(raw, indent=2) + "\n")
+    for ours, name in PUBLISHED.items():
+        raw[name] = getattr(config, ours)
+    return json.dumps(raw, indent=2).encode() + b"\n"
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError if there is none."""
@@ -573,8 +580,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder}, with {name!r:.80} in {v.dtype}, {UNQUANTISED}")
     return tensors
 
-def replace_file(new: Path, path: Path) -> None:
-    """`new`, a whole file, takes the place of `path`; after a crash there is one or the other."""
-    with open(new, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path`; after a crash there is one or the other."""
+    new = path.with_name(path.name + ".partial")
+    try:
+        yield new
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)     # a full disk leaves half of it
+
+def write_file(path: Path, content: bytes) -> None:
+    with replacing(path) as new:
+        new.write_bytes(content)

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from threading import Event
@@ -27,12 +28,12 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mamba import Block, Mamba, State, find, read_json, replace_file
+from mamba import Block, Mamba, State, find, read_json, write_file
 from scan import default_backend
 
 PIECE = 512     # tokens of a prompt read at a time: enough for full speed, and little memory
 CUDA_PIECE = 4096       # the same on a GPU, where fewer would wait for their launches
-SMALL = 10e6    # bytes of weights: with fewer, one thread is as fast, and needs not wait for another
+SMALL = 10e6    # bytes of weights: with fewer, one thread is as fast, and waits for no other
 RECENT = 16     # old tokens that are decoded with a new one, because its text depends on them
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,7 +49,7 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     set, the steps end. reset (b, l) is true where a document starts, as in Mamba.forward.
     `yield from generate(...)` returns the last state. It has read all tokens but the last.
     """
-    state = state or model.blank_state(len(tokens))
+    state = state.copy() if state else model.blank_state(len(tokens))
     # All tokens but the last are only read. The last is read in the loop below, like each new one.
     last = tokens.shape[1] - 1
     if last < 0:
@@ -58,27 +59,27 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
         end = min(begin + piece, last)
         starts = None if reset is None else reset[:, begin:end]
         _, state = model(tokens[:, begin:end], state, starts, last_only=True)
+    if reset is not None:       # a document may start at the last token: blank what is before it
+        for values in state.conv + state.ssm:
+            values[reset[:, last]] = 0
 
     stops = torch.tensor([] if stop is None else stop, dtype=torch.int64)
     stops_there = stops.to(tokens.device)
+    ended = torch.zeros_like(tokens[:, last], dtype=torch.bool)         # (b,)
     constants = model.constants()
+    token = tokens[:, last].clone()             # (b,)
 
-    def step(token):    # (b,) -> the next, or the same if it ends its text; overwrites the state
-        logits = model.step(token[:, None], state, constants)   # (b, 1, vocab_size)
+    def step():     # overwrites the state, and a token by the next, unless it ended its text
+        logits = model.step(token[:, None], state, constants)           # (b, 1, vocab_size)
         chosen = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        ended = (token[:, None] == stops_there).any(-1)
-        return torch.where(ended, token, chosen)
+        token.copy_(torch.where(ended, token, chosen))
+        ended.logical_or_((token[:, None] == stops_there).any(-1))
 
     for i in range(max_new_tokens):
-        if i == 0:      # by model(), because a document may start here, and a prompt does not end
-            starts = None if reset is None else reset[:, last:]
-            logits, state = model(tokens[:, last:], state, starts)
-            token = choose(logits[:, 0], temperature, top_k, top_p, generator)
-        else:
-            if i == 2 and tokens.is_cuda:       # after a step that has compiled all it needs
-                step = recorded(step, token, generator)
-            token = step(token)
-        made = token.cpu()                      # the only wait for a GPU
+        if i == 1 and tokens.is_cuda:           # the first step has compiled all kernels
+            step = recorded(step, generator)
+        step()
+        made = token.to("cpu", copy=True)       # the only wait for a GPU; -1: see choose
         if made.lt(0).any():
             raise ValueError("the logits are not finite: the weights or the state are damaged, or "
                              "too large for --dtype")
@@ -88,22 +89,17 @@ def generate(model: Mamba, tokens: Tensor, max_new_tokens: int, temperature: flo
     with torch.inference_mode(False):   # autograd takes no tensor of that mode, but takes its copy
         return state.copy()
 
-def recorded(step: Callable, token: Tensor, generator: torch.Generator | None) -> Callable:
-    """step(token) as a CUDA graph: one launch, not a thousand. We have not run this on a GPU yet.
+def recorded(step: Callable, generator: torch.Generator | None) -> Callable:
+    """step() as a CUDA graph: one launch, not a thousand. We have not run this on a GPU yet.
 
-    A graph is a recording of kernels. It replays on the memory that it was recorded with. So each
-    replay overwrites the state and `token`.
+    A graph is a recording of kernels, which replays on the memory that it was recorded with.
     """
     graph = torch.cuda.CUDAGraph()
     if generator:
         graph.register_generator_state(generator)   # else each replay would draw the same
     with torch.cuda.graph(graph):
-        token.copy_(step(token))
-
-    def replay(_):      # the token is `token`, where the last replay has left it
-        graph.replay()
-        return token
-    return replay
+        step()
+    return graph.replay
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator | None) -> Tensor:
@@ -116,7 +112,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if temperature == 0:
         return torch.where(finite, logits.argmax(-1), -1)
     logits = logits - logits.amax(-1, keepdim=True)             # at most 0, so softmax is safe
-    logits = logits / max(temperature, 1e-30)                   # fp32 takes 1e-46 for 0
+    logits = logits / max(temperature, 1e-30)                   # in fp32 1e-46 is 0
     tokens = None
     if top_k or top_p:
         size = logits.shape[-1]
@@ -132,21 +128,21 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     drawn = drawn if tokens is None else tokens.gather(-1, drawn)
     return torch.where(finite, drawn[:, 0], -1)
 
+@dataclass
 class Text:
     """Tokens as text, while they are made. The bytes of an unfinished character are held back.
 
-    A token's text depends on those before it: often the first word of all loses its space. So new
-    tokens are decoded with some old ones, and what these alone give is cut off.
+    A token's text depends on those before it: a text's first word often loses its space. So new
+    tokens are decoded after some old ones, whose text is cut off.
     """
-    def __init__(self, tokenizer: Tokenizer, printed: list, unprinted: list, unread: list):
-        self.tokenizer = tokenizer
-        self.printed = printed          # the last tokens that were printed
-        self.unprinted = unprinted      # the tokens after them
-        self.unread = unread            # the tokens that the model is to read next
-        self.ended = False
+    tokenizer: Tokenizer
+    printed: list[int]          # the last tokens that were printed
+    unprinted: list[int]        # the tokens after them
+    unread: list[int]           # the tokens that the model is to read next
+    ended: bool = False
 
     def show(self) -> str:
-        """The text of what waits. If it has not ended, half a character goes on waiting."""
+        """The text of `unprinted`, or "" while it may end in half a character."""
         tokens = self.printed + self.unprinted
         before = self.tokenizer.decode(self.printed, skip_special_tokens=False)
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -222,16 +218,10 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 def save_state(path: Path, state: State, text: Text) -> None:
     """Keep a text's state and its last tokens. The state has read all but the very last."""
-    tensors = {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
-    kept = {"printed": text.printed, "unprinted": text.unprinted, "unread": text.unread[-1:]}
-    for name, tokens in kept.items():
-        tensors[name] = torch.tensor(tokens, dtype=torch.int64)
-    new = path.with_name(path.name + ".partial")
-    try:
-        new.write_bytes(save(tensors))
-        replace_file(new, path)
-    finally:
-        new.unlink(missing_ok=True)     # a full disk leaves half of it
+    tokens = {"printed": text.printed, "unprinted": text.unprinted, "unread": text.unread[-1:]}
+    tensors = {name: torch.tensor(ids, dtype=torch.int64) for name, ids in tokens.items()}
+    tensors |= {"conv": torch.stack(state.conv), "ssm": torch.stack(state.ssm)}
+    write_file(path, save(tensors))
 
 def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list, list, list]:
     """A file's state, once for each of `batch` texts, and a Text's three lists of tokens."""
@@ -261,8 +251,7 @@ def load_state(path: Path | None, model: Mamba, batch: int) -> tuple[State, list
 def compile_blocks() -> None:
     """Let torch.compile fuse what a block does to one token, and on a GPU to a prompt's pieces.
 
-    Compiled code takes a block's weights as arguments, so one serves all layers. Before each call
-    it checks, in 0.01 ms, that shapes and types are those it was made for, or compiles anew.
+    Compiled code takes a block's weights as arguments, so one serves all layers.
     """
     Block.step = torch.compile(Block.step, dynamic=False)
     eager = Block.forward
@@ -410,7 +399,7 @@ def main() -> None:
     add("--num-samples", type=number(int, 1, 10**6), default=1, help="texts a prompt (default 1)")
     add("--device", type=device, default="auto", help="cpu, cuda, mps ... (default: a GPU, or cpu)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: as stored")
-    add("--quantize", choices=["int4"], help="4 bits a weight: a third of bf16's memory, and inexact")
+    add("--quantize", choices=["int4"], help="4 bits a weight: a third of bf16's memory, inexact")
     add("--compile", action="store_true", help="torch.compile: slow to start, faster to write")
     add("--save-state", type=new_file, metavar="FILE", help="keep the state after the text")
     add("--load-state", type=Path, metavar="FILE", help="a kept state to go on from")

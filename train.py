@@ -28,7 +28,6 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -45,16 +44,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scan
-from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, replace_file
-from sample import device, number       # these two are types for argparse
-from sample import DTYPES, end_tokens, read_tokenizer, vocabulary
+from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, write_file
+from sample import DTYPES, device, end_tokens, number, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
 
@@ -82,7 +79,7 @@ class Recipe:
     batch_start: int = flag(2, "rows in the first batch", 1, 2**20)
     batch_end: int = flag(8, "rows in a batch after the ramp", 1, 2**20)
     lr: float = flag(4e-3, "peak learning rate, for a batch of --lr-batch rows")
-    lr_batch: int = flag(8, "rows for which --lr is meant; --batch-end if --lr is given", 1, 2**20)
+    lr_batch: int = flag(8, "rows that --lr is for; if --lr is given, --batch-end", 1, 2**20)
     decay_factor: float = flag(256.0, "the decay divides the learning rate by this", 1)
     weight_decay: float = flag(0.1, "AdamW's, for matrices only")
     beta1: float = flag(0.9, "AdamW's", 0, 0.9999999)
@@ -135,8 +132,9 @@ def progress(tokens: int, length: int) -> float:
 def learning_rate(recipe: Recipe, tokens: int) -> float:
     """Warmup, stable, decay. The rate grows with sqrt(batch), which the report calls BatchScaling.
 
-    The length of Adam's step is set by the rate alone, and its noise falls with sqrt(batch). So
-    rate / sqrt(batch), the report's "noise temperature", stays constant while the batch grows.
+    Adam divides by the gradient's own size, so the rate alone sets the length of its step. The
+    step's noise falls with sqrt(batch). So rate / sqrt(batch), the report's "noise temperature",
+    stays constant while the batch grows.
     """
     rate = recipe.lr * math.sqrt(batch_size(recipe, tokens) / recipe.lr_batch)
     rate *= progress(tokens, recipe.warmup_tokens)
@@ -145,9 +143,10 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
         rate *= recipe.decay_factor ** -progress(decaying, recipe.decay_tokens)
     return rate
 
-def scaled(recipe: Recipe, total: int, given: dict) -> Recipe:
-    """The recipe over `total` tokens: each phase and stage keeps its share. Then `given` is set."""
-    lengths = {"total_tokens": total}
+def scaled(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe with the values `given`. Other lengths keep their share of total_tokens."""
+    total = given.get("total_tokens", recipe.total_tokens)
+    lengths = {}
     for name in "warmup_tokens", "ramp_tokens", "decay_tokens":
         lengths[name] = getattr(recipe, name) * total // recipe.total_tokens
     stages = tuple(replace(stage, start=stage.start * total // recipe.total_tokens)
@@ -217,15 +216,14 @@ def standard_library() -> list[Path]:
 
 def named_paths(texts: list[str]) -> dict[str, list[Path]]:
     """Source -> its paths. Each text is name=path, or a path of the source "text"."""
-    paths = defaultdict(list)
+    paths = {}
     for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            name = "text"
-            path = text
-        if not path or not Path(path).exists():         # Path("") is the folder that we are in
+        if "=" not in text or os.path.exists(text):
+            text = "text=" + text
+        name, _, path = text.partition("=")
+        if not os.path.exists(path):
             raise ValueError(f"there is no {path!r}; --data takes a path, or name=path")
-        paths[name].append(Path(path))
+        paths.setdefault(name, []).append(Path(path))
     return paths or {"text": standard_library()}
 
 def text_files(paths: list[Path]) -> list[Path]:
@@ -301,11 +299,11 @@ class Source:
     training: np.ndarray
 
     def row(self, position: int, context: int, longest: int, seed: int) -> np.ndarray:
-        """The `context` + 1 tokens at this position, which counts tokens along a walk over the text.
+        """The `context` + 1 tokens that come after `position` tokens of a walk over the text.
 
-        The text is cut into pieces of the longest context. The walk visits them in strides of about
-        0.6 of their number, so that neighbours in time lie far apart. The stride and that number
-        have no common factor, so all pieces are read before any is read again.
+        The text is cut into pieces of the longest context. Each stride of the walk goes 0.618 of all
+        pieces on, and around, so that neighbours in time lie far apart. The stride and the number of
+        pieces have no common factor, so all pieces are read before any is read again.
         """
         pieces = (len(self.training) - 1) // longest        # a row's last target is one token more
         stride = max(1, round(0.618 * pieces))
@@ -340,8 +338,8 @@ def choose_rows(recipe: Recipe, sources: dict[str, Source], tokens: int,
     generator = np.random.default_rng((recipe.seed, tokens))
     rows = []
     for name in generator.choice([*share], batch_size(recipe, tokens), p=[*share.values()]):
-        # A stage of longer rows goes on at the next multiple of their length. All lengths divide
-        # the longest, so a row lies in one piece.
+        # Up to a multiple of the rows' length, which a new stage may raise. All lengths divide the
+        # longest, so no row leaves its piece.
         position = math.ceil(positions[name] / stage.context) * stage.context
         rows.append(sources[name].row(position, stage.context, recipe.longest, recipe.seed))
         positions[name] = position + stage.context
@@ -363,11 +361,12 @@ class Objective(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """The sum of -log p over the last l tokens of each row, (b, l + 1), in nats.
 
-        cross_entropy ignores targets of -100, which are padding. The logits are made for 1024 tokens
-        at a time, and again for the backward pass: all of them are 2 GB for one row of the 7B.
+        Padding is -100: no target for cross_entropy, and as an input token 0. The logits are made for
+        1024 tokens at a time, and again for the backward: all are 2 GB for one row of the 7B.
         """
         tokens = rows[:, :-1].clamp(min=0)                              # (b, l)
         targets = rows[:, 1:]                                           # (b, l)
+        # A row may begin inside a document. All rows begin with a blank state.
         reset = F.pad(tokens[:, :-1] == self.end, (1, 0))               # (b, l): after an end
         state = self.model.blank_state(len(tokens))
         hidden, _ = self.model.backbone(tokens, state, reset)           # (b, l, m)
@@ -397,10 +396,9 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers what it is about to run.
 
     Matrices and norms are gathered in `dtype`, a block's when the block is called. The few numbers
-    in KEEP_FP32 are gathered in fp32, those of all blocks at once. A rounding of A_log would act at
-    each of thousands of steps.
+    in KEEP_FP32 are gathered in fp32, those of all blocks at once.
     """
-    options = {"mesh": init_device_mesh(device, (world_size(),)),
+    options = {"mesh": dist.init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     # No cast of what a block is given: the residual stream stays fp32.
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -409,8 +407,8 @@ def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool =
     def exact() -> set[nn.Parameter]:       # sharding makes new parameters, so they are asked for anew
         return {p for name, p in backbone.layers.named_parameters() if name.endswith(KEEP_FP32)}
 
-    # From outside to inside, because a module that is sharded already keeps all it has. No call is
-    # made inside a block, because what gathers there would cut the compiled block into pieces.
+    # The outside first, because fully_shard passes over a sharded module with all that is in it, even
+    # what that ignores. And none inside a block: what gathers there would cut the compiled block.
     fully_shard(objective, mp_policy=policy, ignored_params={*backbone.layers.parameters()}, **options)
     fully_shard(backbone, ignored_params={*backbone.parameters()} - exact(), **options)
     for block in backbone.layers:
@@ -431,13 +429,13 @@ def build(args: argparse.Namespace, config: MambaConfig, end: int, whole: Mamba 
     for block in model.backbone.layers:
         if args.compile:
             # Weights are arguments of compiled code, and dynamic=True leaves b and l open. So one
-            # code serves all layers and contexts. It comes before checkpoint(), which turns the
-            # compiler off for what it calls unless that is compiled already.
+            # code serves all layers and contexts. We compile first, because checkpoint() turns the
+            # compiler off for what it calls.
             block.forward = torch.compile(block.forward, dynamic=True)
         if args.checkpoint_activations:
             block.forward = partial(recomputed, block.forward)
     if not dist.is_initialized():
-        # To look at a model its own dtype will do. To train it, all weights are fp32.
+        # A model is evaluated in its own dtype, and trained with all weights in fp32.
         return objective.to(args.device, None if args.eval_only else torch.float32)
     products = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     shard(objective, args.device.type, products, args.offload)
@@ -465,7 +463,6 @@ class Trainer:
     objective: Objective
     tokenizer: Tokenizer
     sources: dict[str, Source]
-    export_dtype: torch.dtype | None = torch.float32        # None on other ranks than 0
     step: int = 0
     tokens: int = 0
 
@@ -475,18 +472,15 @@ class Trainer:
         self.positions = dict.fromkeys(self.sources, 0)     # how far each source has been read
 
     def passes(self, rows: list[np.ndarray]) -> tuple[Tensor, ...]:
-        """This rank's share of the rows, about --micro-tokens at a time: tensors (b, l + 1).
-
-        All ranks make the same number of passes. A missing row is one of -100.
-        """
-        mine = np.full((math.ceil(len(rows) / world_size()), len(rows[0])), -100)
-        for i, row in enumerate(rows[rank()::world_size()]):
-            mine[i] = row
+        """This rank's share of the rows, about --micro-tokens at a time: tensors (b, l + 1)."""
+        # All ranks make the same number of passes. A missing row is one of -100.
+        missing = [np.full(len(rows[0]), -100)] * (-len(rows) % world_size())
+        mine = np.array([*rows, *missing][rank()::world_size()], np.int64)
         size = self.model.config.vocab_size
         if mine.max() >= size:
             raise ValueError(f"the data has token {mine.max()}, but the model knows only {size} tokens")
         at_once = max(1, self.args.micro_tokens // (len(rows[0]) - 1))
-        return torch.from_numpy(mine).split(at_once)
+        return torch.from_numpy(mine).to(self.args.device).split(at_once)
 
     def update(self) -> dict:
         """Train on one batch. Returns the step's figures, which are over all ranks."""
@@ -494,12 +488,12 @@ class Trainer:
         context = context_length(self.recipe, self.tokens)
         rows = choose_rows(self.recipe, self.sources, self.tokens, self.positions)
         count = len(rows) * context
-        nats = torch.zeros((), device=self.args.device)
+        nats = 0.0
         passes = self.passes(rows)
         for part in passes:
             if dist.is_initialized():   # gradients add up on each rank, and travel after the last
                 self.objective.set_requires_gradient_sync(part is passes[-1])
-            loss = self.objective(part.to(self.args.device))
+            loss = self.objective(part)
             (loss * world_size() / count).backward()        # FSDP takes the mean over ranks
             nats += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -528,8 +522,7 @@ class Trainer:
             starts = range(0, len(source.held_out) - context, context)
             starts = starts[::math.ceil(len(starts) / 128)]         # spread evenly
             rows = [source.held_out[start:start + context + 1] for start in starts]
-            passes = [part.to(self.args.device) for part in self.passes(rows)]
-            nats = over_ranks(sum(self.objective(part).item() for part in passes))
+            nats = over_ranks(sum(self.objective(part).item() for part in self.passes(rows)))
             per_token = nats / (len(rows) * context)
             if not per_token < 700:                 # e^710, as a perplexity, overflows
                 raise ValueError(f"the held-out loss on {name} is {per_token}: the weights are damaged, "
@@ -556,8 +549,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, to which every rank adds its part.
 
-        In safetensors: PyTorch's default is a pickle, and reading a pickle can run any code. The
-        folder gets its name once all is written, so half a checkpoint never has one.
+        It holds weights, Adam's averages, the settings, and how far the data has been read. There is
+        no random state, because each generator is seeded by the tokens seen. All is in safetensors:
+        PyTorch's default is a pickle, and reading a pickle can run any code. The folder gets its
+        name once all is written, so half a checkpoint never has one.
         """
         folder = self.args.out / "checkpoints" / f"step-{self.step:09}"
         unfinished = folder.with_suffix(".partial")
@@ -590,17 +585,12 @@ class Trainer:
         if rank() == 0:
             weights = {}
             for name, _ in self.model.named_parameters():               # a tied tensor once
-                weights[name] = gathered.pop(name).to(self.export_dtype, copy=True)
+                weights[name] = gathered.pop(name).to(self.args.export_dtype, copy=True)
             self.model.save_pretrained(self.args.out, weights)
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted((out / "checkpoints").glob("step-*[0-9]"))
-
-def write_file(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content)
-    replace_file(unfinished, path)
 
 def prepare(out: Path, steps: int) -> None:
     """Make the folder of a run, without what a killed run did beyond these steps."""
@@ -608,8 +598,9 @@ def prepare(out: Path, steps: int) -> None:
     for unfinished in (out / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished)
     metrics = out / "metrics.jsonl"
-    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    write_file(metrics, b"".join(row for row in rows[:steps] if row.endswith(b"\n")))
+    metrics.touch()
+    rows = metrics.read_bytes().split(b"\n")[:-1]       # the last is half a row, or nothing
+    write_file(metrics, b"".join(row + b"\n" for row in rows[:steps]))
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer, end: int, source: Path | None) -> None:
     """The files by which others make our tokens and end a text where we do, or those of `source`."""
@@ -689,42 +680,39 @@ def print_step(trainer: Trainer, figures: dict, minutes: float) -> None:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description="Train a Falcon-Mamba.", allow_abbrev=False)
+    add = parser.add_argument
     count = number(int, 1, 2**60)
     yes_no = argparse.BooleanOptionalAction
-
-    def add(name: str, **more) -> None:
-        parser.add_argument("--" + name.replace("_", "-"), **more)
-
-    add("recipe", choices=RECIPES, help="where all else comes from; tiny, or with --init-from continue")
-    add("data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
+    add("--recipe", choices=RECIPES, help="defaults of all else: tiny; continue with --init-from")
+    add("--data", action="append", default=[], metavar="NAME=PATH", help="a source: text file, folder of "
         "them, or corpus; repeat for more (default: Python's standard library)")
-    add("mixture", help="the sources' shares, as 'web:9 code:1'")
-    add("context", type=number(int, 1, 2**20), help="tokens per row")
-    add("out", type=Path, default="out", help="folder for all results (default out)")
-    add("tokenizer", type=Path, help="tokenizer.json; else the model's, a corpus's, or of bytes")
-    add("tokenize_to", type=Path, help="only write --data to this folder, as a corpus")
-    add("resume", action=yes_no, help="go on from the last checkpoint in --out, if it has one")
-    add("eval_only", action=yes_no, help="only print the loss of --init-from, or --out, on held-out data")
-    add("plan", action=yes_no, help="only print the run's steps, rates, days and memory")
-    add("world_size", type=count, default=1, help="GPUs, for that plan (default 1)")
-    add("mfu", type=number(float, 1e-3, 1), default=0.33, help="for that plan (default 0.33)")
-    add("micro_tokens", type=count, default=16384, help="a GPU runs at a time (default 16384)")
-    add("checkpoint_activations", action=yes_no, help="a third more time, for far less memory")
-    add("offload", action=yes_no, help="keep weights, gradients and Adam's averages in the host's memory")
-    add("compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
-    add("checkpoint_every", type=count, default=100, help="steps (default 100)")
-    add("checkpoint_minutes", type=number(float, 0, 2**20), default=30, help="at most (default 30)")
-    add("export_every", type=count, default=1000, help="steps between published models (default 1000)")
-    add("export_dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
-    add("eval_every", type=count, default=200, help="steps (default 200)")
-    add("keep", type=count, default=2, help="checkpoints (default 2)")
-    add("device", type=device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
+    add("--mixture", help="the sources' shares, as 'web:9 code:1'")
+    add("--context", type=number(int, 1, 2**20), help="tokens per row")
+    add("--out", type=Path, default="out", help="folder for all results (default out)")
+    add("--tokenizer", type=Path, help="tokenizer.json; else the model's, a corpus's, or of bytes")
+    add("--tokenize-to", type=Path, help="only write --data to this folder, as a corpus")
+    add("--resume", action=yes_no, help="go on from the last checkpoint in --out, if it has one")
+    add("--eval-only", action=yes_no, help="only print the held-out loss of --init-from, or --out")
+    add("--plan", action=yes_no, help="only print the run's steps, rates, days and memory")
+    add("--world-size", type=count, default=1, help="GPUs, for that plan (default 1)")
+    add("--mfu", type=number(float, 1e-3, 1), default=0.33, help="for that plan (default 0.33)")
+    add("--micro-tokens", type=count, default=16384, help="of a GPU at a time (default 16384)")
+    add("--checkpoint-activations", action=yes_no, help="recompute them: less memory, 4/3 of the time")
+    add("--offload", action=yes_no, help="keep weights, gradients and Adam's state in the host's memory")
+    add("--compile", action=yes_no, help="torch.compile the blocks (default on CUDA)")
+    add("--checkpoint-every", type=count, default=100, help="steps (default 100)")
+    add("--checkpoint-minutes", type=number(float, 0, 2**20), default=30, help="between them at most (default 30)")
+    add("--export-every", type=count, default=1000, help="steps between published models (default 1000)")
+    add("--export-dtype", choices=DTYPES, default="auto", help="auto: that of --init-from, or fp32")
+    add("--eval-every", type=count, default=200, help="steps (default 200)")
+    add("--keep", type=count, default=2, help="checkpoints (default 2)")
+    add("--device", type=device, default="auto", help="cpu, cuda ...; auto is cuda if there is one")
     for f in fields(Recipe)[:-1]:                       # the last, stages, has no flag
-        add(f.name, default=argparse.SUPPRESS, **f.metadata)
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **f.metadata)
     sizes = [f for f in fields(MambaConfig) if not f.name.endswith("_id")]      # ids: the tokenizer's
     for f in sizes:
         kind = {"action": yes_no} if f.type is bool else {"type": number(f.type, 0, 2**60)}
-        add(f.name, default=argparse.SUPPRESS, help="of a fresh model", **kind)
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help="of a fresh model", **kind)
     args = parser.parse_args(arguments)
 
     args.given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
@@ -733,8 +721,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Recipe]:
     recipe = RECIPES[args.recipe]
     stages = tuple(Stage(stage.start, args.context or stage.context, args.mixture or stage.mixture)
                    for stage in recipe.stages)
-    total = args.given.get("total_tokens", recipe.total_tokens)
-    recipe = scaled(replace(recipe, stages=stages), total, args.given)
+    recipe = scaled(replace(recipe, stages=stages), args.given)
     if args.eval_only and recipe.init_from is None:
         recipe = replace(recipe, init_from=str(args.out))
     if recipe.init_from is not None and args.sizes:
@@ -777,19 +764,20 @@ def pick_recipe(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Sou
 def fitted(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source]) -> Recipe:
     """One epoch, in at least 200 steps, with eight held-out rows, where no flag says otherwise.
 
-    An epoch ends where the first source has been read once. The two numbers are our choice.
+    An epoch ends where the first source has been read once. A short text gets shorter rows, of 64
+    tokens at least. All these numbers are our choice.
     """
     stage = recipe.stages[0]
-    context = stage.context
-    held_out = min(len(source.held_out) for source in sources.values())
-    while not args.context and context > 64 and 8 * context >= held_out:
-        context //= 2
     share = shares(stage.mixture)
     epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
-    total = args.given.get("total_tokens", int(epoch))
-    rows = min(max(1, total // (200 * context)), recipe.batch_end)
-    recipe = replace(recipe, stages=(replace(stage, context=context),))
-    return scaled(recipe, total, {"batch_end": rows} | args.given)
+    given = {"total_tokens": int(epoch)} | args.given
+    total = given["total_tokens"]
+    held_out = min(len(source.held_out) for source in sources.values())
+    fits = max(64, min(total // 200, (held_out - 1) // 8))
+    while not args.context and stage.context > fits:
+        stage = replace(stage, context=stage.context // 2)
+    rows = min(max(1, total // (200 * stage.context)), recipe.batch_end)
+    return scaled(replace(recipe, stages=(stage,)), {"batch_end": rows} | given)
 
 def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
     """The sizes of the model to start from, or of a fresh one for so many tokens."""
@@ -798,9 +786,9 @@ def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end:
         if config.eos_token_id == 0:        # a default, which the pre-decay file has: it ends no text
             config.eos_token_id = end
     else:
-        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        own = {"vocab_size": tokens, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
         tiny = TINY if args.recipe == "tiny" else {}
-        config = MambaConfig(**{"vocab_size": tokens} | ids | tiny | args.sizes)
+        config = MambaConfig(**own | tiny | args.sizes)
     if tokens > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}; name the "
                          "model's own tokenizer.json with --tokenizer")
@@ -809,7 +797,7 @@ def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end:
 def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
            paths: dict[str, list[Path]], tokenizer: Tokenizer, end: int) -> Trainer:
     """Read the data and the model, which must fit each other."""
-    from tests.plan import check_memory     # here, because that file imports this one
+    from tests.plan import check_memory     # here: it imports this file
     sources = {name: read_source(group, tokenizer, end) for name, group in paths.items()}
     recipe = pick_recipe(args, recipe, sources)
     config = pick_config(args, folder, vocabulary(tokenizer), end)
@@ -817,15 +805,15 @@ def set_up(args: argparse.Namespace, recipe: Recipe, folder: Path | None,
         check_memory(args, recipe, config, world_size())
     torch.manual_seed(recipe.seed)
     whole = None
-    dtype = None
     if rank() == 0:
         whole = Mamba.from_pretrained(folder) if folder else Mamba(config)
-        dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
+        whole.config = config       # its eos_token_id may be mended
+        args.export_dtype = DTYPES[args.export_dtype] or whole.lm_head.weight.dtype
     objective = build(args, config, end, whole)
     size = sum(p.numel() for p in objective.parameters())
     print(f"{size:,} parameters on {world_size()} x {args.device}, "
           f"scan: {scan.default_backend(args.device, 2)}\n{config}")
-    return Trainer(args, recipe, objective, tokenizer, sources, dtype)
+    return Trainer(args, recipe, objective, tokenizer, sources)
 
 def run(args: argparse.Namespace, recipe: Recipe) -> None:
     """Evaluate a model, write a corpus, or train."""
@@ -882,7 +870,7 @@ def start_processes(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
 
 def main() -> None:
-    # Two warnings that do not concern us: of views of a state that we drop, and of no other ranks.
+    # Two needless warnings: on views of a state that we drop, and on there being one rank.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")
     logging.getLogger().setLevel(logging.ERROR)         # dcp logs what becomes a sentence below
     try:

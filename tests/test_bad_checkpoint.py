@@ -175,7 +175,7 @@ def test_a_save_that_is_killed_leaves_one_whole_checkpoint_or_a_sentence(folder,
     moves = [os.replace] * (move - 1)
 
     def replace_or_die(*args):
-        moves.pop()(*args)      # IndexError at the last: no cleaning up, as if killed
+        moves.pop()(*args)      # IndexError at the last, as if killed
     with monkeypatch.context() as patch, pytest.raises(IndexError):
         patch.setattr(os, "replace", replace_or_die)
         new.save_pretrained(folder)

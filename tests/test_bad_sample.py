@@ -139,10 +139,10 @@ def test_what_this_machine_lacks_is_a_sentence_and_a_fault_of_ours_is_not(run, m
         raise RuntimeError(words)
     monkeypatch.setattr(Mamba, "forward", fail)
     if says:
-        assert_refused(run("--prompt", "a"), says)
+        assert_refused(run("--prompt", "ab"), says)
     else:
         with pytest.raises(RuntimeError, match=words):
-            run("--prompt", "a")
+            run("--prompt", "ab")
 
 # Standard input, output and error.
 

@@ -22,7 +22,7 @@ small = partial(model, d_model=64)
 def unpacked(layer):
     """A layer's weight as float64, by unpack, or by the kernel itself where that packs otherwise."""
     if block_size():
-        return unpack(layer.packed, layer.levels, block_size()).T[:layer.out_features].double()
+        return unpack(layer.packed, layer.levels, block_size())[:layer.out_features].double()
     return layer(torch.eye(2 * layer.packed.shape[1])).T.double()
 
 @torch.no_grad()

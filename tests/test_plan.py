@@ -37,7 +37,8 @@ def test_the_plan_of_the_7b_prints_the_whole_run():
 
 @pytest.mark.parametrize("recipe", [
     RECIPES["tiny"], replace(RECIPES["tiny"], batch_start=8, batch_end=2),
-    train.scaled(RECIPES["continue"], 2 * 10**9, {}), train.scaled(SEVEN, 5 * 10**9, {})])
+    train.scaled(RECIPES["continue"], {"total_tokens": 2 * 10**9}),
+    train.scaled(SEVEN, {"total_tokens": 5 * 10**9})])
 def test_the_steps_that_it_counts_are_those_that_training_takes(recipe):
     tokens = 0
     steps = 0

@@ -79,6 +79,8 @@ def test_a_long_prompt_is_read_in_pieces_without_a_trace(model, monkeypatch):
 
 def test_the_state_in_the_end_can_be_read_on_from_and_differentiated(model):
     state = last_state(generate(model, torch.tensor([[1, 2, 3]]), 3, temperature=0))
+    ends = [[*generate(model, torch.tensor([[4]]), 9, 0, state=state)] for _ in range(2)]
+    assert ends[0] == ends[1]           # because a state that is handed in is left as it was
     model(torch.tensor([[4]]), state)[0].sum().backward()
     assert model.backbone.embeddings.weight.grad[4].abs().sum() > 0
 
