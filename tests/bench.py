@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import count, pairwise, repeat
 from pathlib import Path
@@ -316,36 +315,31 @@ def usable(peer: str) -> bool:
         print(f"without {peer}: pip install {' '.join(missing)}", file=sys.stderr)
     return not missing
 
-def machine(threads: int) -> tuple[str, str]:
-    """What it is and runs, and its vector instructions: without the same, figures differ."""
+def machine(threads: int) -> str:
     import torch
-    has = torch.cpu.get_capabilities()
     packages = ["torch", "transformers", "mambapy", "llama-cpp-python"]
     versions = [f"{name} {version(name)}" for name in packages if version(name)]
-    kinds = "avx", "amx", "neon", "asimd", "sve", "bf16", "fp16"
-    vectors = sorted(name for name in has if name.startswith(kinds) and has[name] is True)
-    name = has.get("cpu_name", "a CPU")
-    return f"{name}, {threads} threads; {', '.join(versions)}", ", ".join(vectors)
+    name = torch.cpu.get_capabilities().get("cpu_name", "a CPU")
+    return f"{name}, {threads} threads; {', '.join(versions)}"
 
 # What it prints, and the README shows.
 
 COLUMNS = {"prefill": "reads, tokens/s", "decode": "writes, tokens/s", "seconds": "a step, s",
            "gb": "peak memory, GB"}
 
-def table(machines: dict[str, dict[str, list[dict]]]) -> str:
-    """As Markdown, machines side by side: medians over the rounds, and their ratio to ours."""
-    head = [""]
-    rows = {}
-    for kind, peers in machines.items():
-        for name in [name for name in COLUMNS if name in peers["ours"][0]]:
-            head.append(kind + COLUMNS[name])
-            base = statistics.median(row[name] for row in peers["ours"])
-            for peer, rounds in peers.items():
-                value = statistics.median(row[name] for row in rounds)
-                ratio = "" if peer == "ours" else f" ({value / base:.2g})"
-                words = f"{value:.3g}" if value < 100 else f"{value:.0f}"
-                rows.setdefault(peer, [peer]).append(words + ratio)
-    lines = [head, ["---"] * len(head), *rows.values()]
+def table(peers: dict[str, list[dict]]) -> str:
+    """As Markdown: medians over the rounds, and their ratio to ours."""
+    names = [name for name in COLUMNS if name in peers["ours"][0]]
+    base = {name: statistics.median(row[name] for row in peers["ours"]) for name in names}
+    lines = [["", *(COLUMNS[name] for name in names)], ["---"] * (1 + len(names))]
+    for peer, rounds in peers.items():
+        line = [peer]
+        for name in names:
+            value = statistics.median(row[name] for row in rounds)
+            ratio = "" if peer == "ours" else f" ({value / base[name]:.2g})"
+            words = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+            line.append(words + ratio)
+        lines.append(line)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 def compare(peers: dict[str, list[dict]], name: str, tolerance: float) -> None:
@@ -367,17 +361,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.save and not args.save.absolute().parent.is_dir():
         parser.error(f"--save {args.save} is in no folder; make {args.save.parent} first")
-    what, vectors = machine(args.threads)
-    found = {"machine": what, "vectors": vectors}
-    sizes = QUICK if args.quick else FULL
-    try:
-        found |= measure(args.tables or [*PEERS], sizes, args.threads)
-    except BrokenProcessPool:
-        raise SystemExit("bench.py: a peer ended early; the reason stands above") from None
-    print(f"{what}\nvector instructions: {vectors}")
+    found = {"machine": machine(args.threads)}
+    found |= measure(args.tables or [*PEERS], QUICK if args.quick else FULL, args.threads)
+    print(found["machine"])
     for job, figure, tolerance in ("generate", "first", 0), ("training", "loss", 1e-3):
         if job in found:
-            print(f"\n{job}\n{table({'': found[job]})}")
+            print(f"\n{job}\n{table(found[job])}")
             compare(found[job], figure, tolerance)
     for peer, rounds in found.get("length", {}).items():
         for row in rounds:

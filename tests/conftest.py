@@ -3,15 +3,20 @@ import contextlib
 import io
 import os
 import re
+import resource
 import signal
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+ROOT = TESTS.parent
+SHARED = ROOT.parent / "shared"     # what is no part of the repository
+sys.path[:0] = [str(ROOT), str(TESTS)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "5000"       # as train.py and sample.py
 
@@ -19,12 +24,19 @@ import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)    # as in the processes beside the tests: two may sum in another order
+
 # The same examples everywhere, so a failure can be repeated. HYPOTHESIS_PROFILE=default looks for others.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if not torch.cuda.is_available():   # Triton reads this as it decorates the kernels, so before their import
     os.environ["TRITON_INTERPRET"] = "1"
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
 
 def call(program, *flags):
     """Run a program's main here -> its exit status, its output, and what it told on the way."""
@@ -45,21 +57,45 @@ def call(program, *flags):
         signal.signal(number, handler)
     out.seek(0)
     err.seek(0)
-    return status, out.read(), err.read()
+    return Ended(status, out.read(), err.read())
 
 def complaints(told):
     """The lines that the programs and argparse do not tell when all is well."""
     notes = r"loading |reading |compiling |skipping |usage: | |\d+ steps|.* GB of weights|$"
     return [line for line in told.splitlines() if not re.match(notes, line)]
 
+def assert_plain(text, *words):
+    """It is a line that a person can read at a glance, holding all `words`."""
+    assert " " in text and len(text) < 600 and text.isprintable(), text
+    for word in words:
+        assert str(word) in text, f"{word!r} is not in {text!r}"
+
 def assert_sentence(told, *words):
-    """What is complained of is one line that a person can read at a glance, holding all `words`."""
+    """What is complained of is one such line."""
     lines = complaints(told)
     assert len(lines) == 1, f"not one line: {lines}"
     assert re.match(r"(sample|train)\.py: ", lines[0]), lines
-    assert len(lines[0]) < 600 and lines[0].isprintable() and "Traceback" not in lines[0], lines
-    for word in words:
-        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+    assert_plain(lines[0], *words)
+
+def assert_refused(ended, *words):
+    assert ended.status in (1, 2)
+    assert_sentence(ended.err, *words)
+
+def python(code, *args, **variables):
+    """Run this code in a process of its own, in which Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True,
+                          env=env | variables, cwd=ROOT)
+
+@contextlib.contextmanager
+def largest_file(size):
+    """As on a full disk, no file can grow beyond this size. It stops root as well."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "begun" in item.fixturenames)       # last: by then it has been done
@@ -85,7 +121,12 @@ def begun(request):
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that torch.compile finds, which run as they are: to make C++ of one takes half a minute."""
+    import mamba
+    import scan
     found = []
+    monkeypatch.setattr(mamba.Block, "forward", mamba.Block.forward)    # what --compile replaces comes back
+    monkeypatch.setattr(mamba.Block, "step", mamba.Block.step)
+    monkeypatch.setitem(scan.BACKENDS, "chunked", scan.BACKENDS["chunked"])
 
     def keep(graph, inputs, **_):
         found.append(graph)

@@ -19,6 +19,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
@@ -73,28 +74,16 @@ def losses(rows: list[dict], title: str) -> str:
     for row in rows:
         for source, nats in row["held_out"].items():
             held_out.setdefault(source, []).append((row["tokens"] / unit, nats))
-    words = {"each step": 0}
+    words = ["each step"]
     dots = []
-    for color, (source, points) in enumerate(held_out.items(), 1):
-        color %= COLORS
-        words[f"held-out {source:.20}: {points[-1][1]:.4g}"] = color
-        dots.append((color, points))
+    for source, points in held_out.items():
+        dots.append((len(words) % COLORS, points))
+        words.append(f"held-out {source:.20}: {points[-1][1]:.4g}")
     marks = chart(62, 48, 420, 200, "loss, nats a token", under, [(0, training)], dots)
     marks += chart(562, 48, 210, 200, "learning rate", under, [(2, rate)])
-    for i, (entry, color) in enumerate(words.items()):
-        marks += legend(804, 54 + 20 * i, {entry: color})
+    for i, entry in enumerate(words):
+        marks += legend(804, 54 + 20 * i, {entry: i % COLORS})
     return svg(1000, 304, title, marks)
-
-def keep_losses(rows: list[dict]) -> None:
-    """These rows, with fewer digits, for the README's picture."""
-    lines = []
-    for row in rows:
-        kept = {"tokens": row["tokens"], "loss": round(row["loss"], 4),
-                "lr": float(f"{row['lr']:.4g}")}
-        if row["held_out"]:
-            kept["held_out"] = {name: round(loss, 4) for name, loss in row["held_out"].items()}
-        lines.append(json.dumps(kept) + "\n")
-    (ASSETS / "loss.jsonl").write_text("".join(lines))
 
 def read_runs(folders: list[Path]) -> dict[str, list]:
     """The held-out losses of each run, in its group: "no-decay-0" is one of "no decay"."""
@@ -152,27 +141,17 @@ def read_along(model, tokens: list[int], see) -> None:
     """The model reads, and each layer calls see(mixer, x, delta, B): (l, d), (l, d), (l, n)."""
     import torch
     import torch.nn.functional as F
-    mixers = [layer.mixer for layer in model.backbone.layers]
+    from mamba import Mixer
+    selection = Mixer.selection
 
-    def watch(mixer):
-        selection = mixer.selection
-
-        def watched(x):
-            dt, B, C = selection(x)
-            delta = F.softplus(dt.float() + mixer.dt_proj.bias.float())
-            see(mixer, x[0], delta[0], B[0])
-            return dt, B, C
-        mixer.selection = watched
-
-    for mixer in mixers:
-        watch(mixer)
+    def watched(mixer, x):
+        dt, B, C = selection(mixer, x)
+        delta = F.softplus(dt.float() + mixer.dt_proj.bias.float())
+        see(mixer, x[0], delta[0], B[0])
+        return dt, B, C
     device = model.backbone.embeddings.weight.device
-    try:
-        with torch.inference_mode():
-            model(torch.tensor([tokens], device=device), last_only=True)
-    finally:
-        for mixer in mixers:
-            del mixer.selection         # its own, hidden by `watched`, is seen again
+    with mock.patch.object(Mixer, "selection", watched), torch.inference_mode():
+        model(torch.tensor([tokens], device=device), last_only=True)
 
 def mean_steps(model, tokens: list[int]) -> list[list[float]]:
     """Of each layer the step of each token, a mean over the channels."""
@@ -449,12 +428,25 @@ PICTURES = {f"{picture.__name__}.svg": picture for picture in (
 def keep(name: str, folders: list[Path]) -> None:
     """Show these runs in the README, as the picture of that name."""
     if name == "loss":
-        keep_losses(read_metrics(folders[0] / "metrics.jsonl"))
+        rows = read_metrics(folders[0] / "metrics.jsonl")
+        (ASSETS / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         keep_model(folders[0])
     else:
         runs = ASSETS / "runs.json"
         found = read("runs.json") | {name: read_runs(folders)}
         runs.write_text(json.dumps(found) + "\n")
+
+def draw_runs(folders: list[Path]) -> Path:
+    """The losses of a run, or of several over one another -> where they were drawn."""
+    if len(folders) == 1:
+        path = folders[0] / "loss.svg"
+        rows = read_metrics(folders[0] / "metrics.jsonl")
+        picture = losses(rows, f"Loss of the run in {folders[0]}")
+    else:
+        path = Path("runs.svg")
+        picture = compare(read_runs(folders), "Losses of runs")
+    path.write_text(picture, encoding="utf-8")
+    return path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the losses of runs, or the README's.")
@@ -467,15 +459,8 @@ def main() -> None:
     try:
         if args.keep:
             keep(args.keep, args.out)
-        elif len(args.out) == 1:
-            path = args.out[0] / "loss.svg"
-            rows = read_metrics(args.out[0] / "metrics.jsonl")
-            path.write_text(losses(rows, f"Loss of the run in {args.out[0]}"), encoding="utf-8")
-            return print(path)
         elif args.out:
-            path = Path("runs.svg")
-            path.write_text(compare(read_runs(args.out), "Losses of runs"), encoding="utf-8")
-            return print(path)
+            return print(draw_runs(args.out))
     except (ValueError, OSError) as e:
         parser.error(str(e))
     for name, picture in PICTURES.items():

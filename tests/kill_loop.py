@@ -17,9 +17,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from conftest import ROOT
 from sample import number
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 The program runs inside this process, because importing torch takes seconds.
 """
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_sentence, call, complaints
+from conftest import assert_refused, call, complaints
 from tokenizers import Tokenizer, models
 
 import train
@@ -43,30 +44,21 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def run(pristine, tmp_path, monkeypatch):
-    """run(*flags) runs the program beside a copy of `pristine` -> its exit status, and what it told."""
+    """run(*flags) runs the program beside a copy of `pristine`, as call does."""
     shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
         data = [] if "--data" in " ".join(flags) else ["--data", "text"]
         sizes = [] if {"--init-from", "--init-from=", "--eval-only"} & {*flags} else SIZES
-        status, _, told = call(train, *data, *QUICK, *sizes, *flags)
-        return status, told
+        return call(train, *data, *QUICK, *sizes, *flags)
     return run
-
-@pytest.fixture
-def refused(run):
-    def refused(flags, *says):
-        status, told = run(*flags)
-        assert status != 0
-        assert_sentence(told, *says)
-    return refused
 
 def test_nothing_is_refused_without_a_reason(run):
     """Or the refusals below would prove nothing."""
     for flags in ("--data text --out a", "--data corpus --out b", "--init-from model", "--tokenize-to another"):
-        status, told = run(*flags.split())
-        assert status == 0 and complaints(told) == []
+        ended = run(*flags.split())
+        assert ended.status == 0 and complaints(ended.err) == []
 
 # What is said, and what is typed.
 FLAGS = {
@@ -83,7 +75,7 @@ FLAGS = {
     "--data names a, b, the mixture text": ["--data a=text --data b=text"],
     "the mixture other": ["--mixture other:1"],
     "must be like 'web:9 code:1', each source once": [
-        "--mixture web", "--mixture text:0", "--mixture text:-1", "--mixture=text:1 text:2"],
+        "--mixture web", "--mixture text:0", "--mixture text:-1", "--mixture 'text:1 text:2'"],
     "too few for --context": ["--context 100000", "--data empty", "--data folder", "--data binary"],
     "few has 10 held-out and 191 training tokens": ["--data few=few"],
     "holds tokens, not text": ["--data corpus/tokens.bin", "--data mixed", "--data corpus --data text",
@@ -101,9 +93,9 @@ FLAGS = {
 }
 
 @pytest.mark.parametrize("says, typed", [(says, typed) for says in FLAGS for typed in FLAGS[says]])
-def test_flags_that_cannot_be_are_refused(refused, tmp_path, says, typed):
+def test_flags_that_cannot_be_are_refused(run, tmp_path, says, typed):
     before = {*tmp_path.rglob("*")}
-    refused([typed] if "=text:" in typed else typed.split(), says)
+    assert_refused(run(*shlex.split(typed)), says)
     made = {path.name for path in {*tmp_path.rglob("*")} - before}
     assert made <= {"made", "checkpoints", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json",
                     "generation_config.json"}
@@ -124,25 +116,25 @@ FILES = [
 
 @pytest.mark.parametrize("name, says, content", [
     (name, says, content) for name, says, contents in FILES for content in contents])
-def test_files_that_are_damaged_are_refused(run, refused, tmp_path, name, says, content):
-    assert run("--data", "corpus")[0] == 0
+def test_files_that_are_damaged_are_refused(run, tmp_path, name, says, content):
+    assert run("--data", "corpus").status == 0
     [path] = tmp_path.glob(name)
     path.write_bytes(content)
-    refused(["--data", "corpus", "--resume"], says)
+    assert_refused(run("--data", "corpus", "--resume"), says)
 
-def test_a_token_that_the_model_has_not_is_refused(refused):
+def test_a_token_that_the_model_has_not_is_refused(run):
     Path(CORPUS).write_bytes(np.where(TOKENS == 32, 300, TOKENS).astype(np.uint16).tobytes())
-    refused(["--data", "corpus"], "token 300", "257")
+    assert_refused(run("--data", "corpus"), "token 300", "257")
 
 @pytest.mark.parametrize("gpus, nccl", [(0, True), (2, True), (3, False)])
-def test_a_process_without_a_gpu_or_nccl_is_a_sentence(refused, monkeypatch, gpus, nccl):
+def test_a_process_without_a_gpu_or_nccl_is_a_sentence(run, monkeypatch, gpus, nccl):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
     monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(train, "start_processes", lambda _, start=train.start_processes: start(torch.device("cuda")))
-    refused([], "NCCL", f" {gpus} ", "--nproc-per-node", "--device cpu")
+    assert_refused(run(), "NCCL", f" {gpus} ", "--nproc-per-node", "--device cpu")
 
 def test_closed_standard_error_changes_nothing(run, monkeypatch):
     monkeypatch.setattr(train, "start_processes", lambda _: setattr(sys, "stderr", None))
-    assert run("--data", "binary", "--data", "text")[0] == 0 and Path("made/model.safetensors").exists()
+    assert run("--data", "binary", "--data", "text").status == 0 and Path("made/model.safetensors").exists()

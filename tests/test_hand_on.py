@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from mamba import Mamba, MambaConfig
 from sample import encode, generate, read_tokenizer, vocabulary
 from train import byte_tokenizer, write_tokenizer
 
-FALCON = Path(__file__).resolve().parents[2] / "shared" / "falcon-tokenizer" / "tokenizer.json"
+FALCON = SHARED / "falcon-tokenizer" / "tokenizer.json"
 END = "<|endoftext|>"
 PROMPTS = ["def f(", "import os, sys\n\nclass Foo:\n", "a", "return self._x[0] !!!!"]
 PIECES = [END, "<|endoftext", ">>TITLE<<", "<|padding|>", " ", "  \n", "\r\n", "1234", "...",

@@ -1,28 +1,23 @@
 """Weights in four bits, 16-bit products without units for them, and code that is compiled anew."""
-import json
-import subprocess
-import sys
 import weakref
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from conftest import python
 
 import mamba
 import sample
-from mamba import Block, Int4Linear, Linear, Mamba, MambaConfig, block_size, unpack
+from mamba import Int4Linear, Linear, Mamba, block_size, unpack
+from test_bad_checkpoint import model, shards
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 def error(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm()).item()
 
-def small(**changes):
-    torch.manual_seed(0)
-    return Mamba(MambaConfig(**dict(vocab_size=257, d_model=64, n_layer=2) | changes)).eval()
+small = partial(model, d_model=64)
 
 def unpacked(layer):
     """A layer's weight as float64, by unpack, or by the kernel itself where that packs otherwise."""
@@ -53,8 +48,7 @@ def test_other_cpus_pack_otherwise_and_multiply_the_same(capability):
     code = ("import torch; from mamba import Int4Linear; torch.manual_seed(0); "
             "w = torch.randn(192, 64); x = torch.randn(200, 64); y = Int4Linear(w, None)(x); "
             "print(((y - x @ w.T).norm() / (x @ w.T).norm()).item())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                          env={"ATEN_CPU_CAPABILITY": capability, "PATH": ""})
+    done = python(code, ATEN_CPU_CAPABILITY=capability)
     assert 0.07 < float(done.stdout) < 0.085, done.stderr
 
 @torch.no_grad()
@@ -68,24 +62,18 @@ def test_equal_weights_and_nan_are_kept():
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"bias": True}])
 def test_a_model_in_shards_loads_in_four_bits_and_is_near_its_own(tmp_path, changes):
-    model = small(**changes)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    index = {name: f"{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(index.values()):
-        save_file({name: v for name, v in tensors.items() if index[name] == file}, tmp_path / file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-
+    whole = small(**changes)
+    whole.save_pretrained(tmp_path)
+    shards(tmp_path, {})
     four = Mamba.from_pretrained(tmp_path, quantize=True)
     layers = [module for module in four.modules() if isinstance(module, Int4Linear)]
     tied = "tie_embeddings" in changes
     assert len(layers) == 3 * 2 + (not tied)            # the embeddings, and a tied head, stay
     for name in "A_log", "D", "conv1d.weight", "dt_proj.weight", "dt_proj.bias":
         assert torch.equal(four.get_parameter(f"backbone.layers.1.mixer.{name}"),
-                           model.get_parameter(f"backbone.layers.1.mixer.{name}"))
+                           whole.get_parameter(f"backbone.layers.1.mixer.{name}"))
     x = torch.randint(257, (2, 150))
-    own = model(x)[0].double()
+    own = whole(x)[0].double()
     assert 1e-3 < error(four(x)[0], own) < 0.3
     assert len([*sample.generate(four, x, 5, 0)]) == 5
     with pytest.raises(ValueError, match="4 bits"):
@@ -119,10 +107,8 @@ def test_a_cpu_without_units_multiplies_the_widened_weight_but_not_in_training(m
         assert torch.equal(layer(x), wide)
 
 @torch.no_grad()
-def test_models_of_other_sizes_in_one_process_are_compiled_anew(monkeypatch, graphs):
+def test_models_of_other_sizes_in_one_process_are_compiled_anew(graphs):
     """Also where only a constant differs. All layers of a model share one compiled block."""
-    monkeypatch.setattr(Block, "forward", Block.forward)        # put back afterwards
-    monkeypatch.setattr(Block, "step", Block.step)
     models = [small(), small(d_model=32), small(mixer_norm_eps=1e-1), small(d_inner=96), small()]
     prompt = torch.tensor([[1, 2, 3]])
     expected = [torch.stack([*sample.generate(m, prompt, 6, 0)]) for m in models]

@@ -1,15 +1,12 @@
 """The plan's claims: it counts the steps that training takes, and the memory that a rank and a step take."""
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, python
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +30,7 @@ def test_the_plan_of_the_7b_prints_the_whole_run():
     assert re.search(r"ramp .*-> 2048 .*6.40e-04 .*1.41e-05 -> 1.41e-05", out)
     assert re.search(r"decay +5e\+12 +5.5e\+12 .*8192 .*6.40e-04 -> 2.50e-06", out)
     days, ours, theirs = re.search(r"on 256 H100 ([\d.]+) days at (\d+)% MFU, two months at ([\d.]+)%", out).groups()
-    assert float(days) * float(ours) == pytest.approx(61 * float(theirs), rel=0.01)     # of the report: "about two months"
+    assert float(days) * float(ours) == pytest.approx(61 * float(theirs), rel=0.01)     # the report: "about two months"
     assert f"that is {ours}% MFU" in planned("--recipe falcon-mamba-7b --checkpoint-activations")
     assert re.search(r"context 2048, passes: 1, +with --checkpoint-activations .* together [3-5]\d% of 80 GB", out)
     assert re.search(r"context 8192, passes: 4, ", out) and "hold --micro-tokens" in out
@@ -81,8 +78,7 @@ print(sum(4 * p.to_local().numel() for p in objective.parameters()))
 """
 
 def test_the_plan_knows_what_fully_shard_leaves_on_each_of_256_gpus():
-    run = subprocess.run([sys.executable, "-c", SHARDED_7B], cwd=Path(train.__file__).parent,
-                         capture_output=True, text=True)
+    run = python(SHARDED_7B)
     assert run.returncode == 0, run.stderr
     mine = int(run.stdout)
     needs = memory(MambaConfig(), 256, torch.bfloat16)

@@ -3,21 +3,21 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED, call
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
 
 import sample
-from mamba import Block, Mamba, MambaConfig
+from mamba import Mamba, MambaConfig
 from sample import Text, choose, end_tokens, generate
 from train import byte_tokenizer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "falcon-tokenizer"
+PUBLISHED = SHARED / "falcon-tokenizer"
 GREEDY = ["--temperature", 0, "--max-new-tokens"]
 
 def small_model(path):
@@ -41,12 +41,11 @@ def model(folder):
     return Mamba.from_pretrained(folder)
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
+def run(folder):
     def run(*flags):
-        flags = ["sample.py", "--model", folder, "--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", [str(flag) for flag in flags])
-        sample.main()
-        return capsys.readouterr()
+        ended = call(sample, "--model", folder, "--device", "cpu", *flags)
+        assert ended.status == 0, ended.err
+        return ended
     return run
 
 def last_state(steps):
@@ -131,11 +130,9 @@ def test_unequal_prompts_write_what_each_writes_alone(run):
     alone = run("--prompt", "a", *GREEDY, 12).out + run("--prompt", "hello there", *GREEDY, 12).out
     assert run("--prompt", "a", "--prompt", "hello there", *GREEDY, 12).out == alone
 
-def test_compiled_steps_write_the_same_text_from_one_graph_for_all_layers(run, monkeypatch, graphs):
+def test_compiled_steps_write_the_same_text_from_one_graph_for_all_layers(run, graphs):
     flags = ["--prompt", "a", "--prompt", "bcd", *GREEDY, 6]
     plain = run(*flags).out
-    monkeypatch.setattr(Block, "forward", Block.forward)    # what --compile replaces comes back
-    monkeypatch.setattr(Block, "step", Block.step)
     compiled = run(*flags, "--compile")
     assert compiled.out == plain and len(graphs) == 1
     assert "compiling for up to a minute" in compiled.err
@@ -269,10 +266,10 @@ def test_the_steps_of_a_prompt_are_drawn_and_nothing_is_written(run, tmp_path):
 
 # What was published.
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the published vocabulary is not here")
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published vocabulary is not here")
 def test_the_tokenizer_agrees_with_the_published_vectors():
-    tokenizer = Tokenizer.from_file(str(SHARED / "tokenizer.json"))
-    for vector in json.loads((SHARED / "vectors.json").read_text()):
+    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
+    for vector in json.loads((PUBLISHED / "vectors.json").read_text()):
         assert sample.encode(tokenizer, vector["text"]) == vector["ids"], vector["text"]
 
 @pytest.mark.skipif("FALCON_MAMBA_7B" not in os.environ,

@@ -3,13 +3,13 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,28 +18,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import assert_sentence, call
+from conftest import assert_refused, call, largest_file
 from safetensors.torch import load_file
 
 import mamba
 import scan_triton
 import train
-from kill_loop import ONE_THREAD, SMALL, curve, flags, kill_loop, start
+from kill_loop import ONE_THREAD, curve, flags, kill_loop, start
 from mamba import Mamba, MambaConfig
 from sample import read_tokenizer
 from train import (GT, RECIPES, Objective, Recipe, Source, Stage, Trainer, batch_size, byte_tokenizer,
-                   choose_rows, context_length, learning_rate, optimizer, read_source, shares, stage_at)
+                   choose_rows, context_length, learning_rate, optimizer, read_source, shares)
 
 SEVEN = RECIPES["falcon-mamba-7b"]
 END = 256       # the byte tokenizer's
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the processes beside these tests have: two threads may sum in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
@@ -77,6 +69,14 @@ def assert_same_curve(out, other):
 
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+@contextmanager
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 def trainer(recipe=Recipe(), sources=None, micro_tokens=4096, **sizes):
     """A Trainer of a small random model in this process."""
@@ -308,30 +308,29 @@ def test_on_gpus_products_are_bf16_and_the_small_exact_tensors_fp32_and_gradient
     rows = torch.arange(130).view(2, 65)
     exact = t.objective(rows).item()
     mixer = t.model.backbone.layers[0].mixer
-    tensors = {}
+    halves = set()
+    streams = set()
+    t.model.backbone.layers[1].norm.register_forward_pre_hook(lambda _, inputs: streams.add(inputs[0].dtype))
 
-    def spy(x, dt, A, B, C, D, z, dt_bias, *more, scan=mamba.selective_scan):
-        if not tensors:         # as the first layer runs
-            tensors.update(x=x, dt=dt, z=z, A=A, D=D, dt_bias=dt_bias, A_log=mixer.A_log, conv=mixer.conv1d.weight,
-                           in_proj=mixer.in_proj.weight, dt_proj=mixer.dt_proj.weight)
-        return scan(x, dt, A, B, C, D, z, dt_bias, *more)
+    def spy(*inputs, scan=mamba.selective_scan):
+        names = "x", "dt", "A", "B", "C", "D", "z", "dt_bias"
+        tensors = dict(zip(names, inputs)) | dict(mixer.named_parameters())     # gathered, as the first layer runs
+        halves.update(name for name, v in tensors.items() if v.dtype == torch.bfloat16)
+        return scan(*inputs)
     monkeypatch.setattr(mamba, "selective_scan", spy)
     arrived = []                # parameters that have a gradient before each pass, and before the step
 
     def count(*_):
         arrived.append(sum(p.grad is not None for p in t.model.parameters()))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         train.shard(t.objective, "cpu", torch.bfloat16)
         loss = t.objective(rows).item()
         t.adam = optimizer(t.model, recipe)
         t.objective.register_forward_pre_hook(count, prepend=True)      # before it gathers anything
         t.adam.register_step_pre_hook(count)
         t.update()
-    finally:
-        dist.destroy_process_group()
-    assert {name for name in tensors if tensors[name].dtype == torch.bfloat16} == {"x", "dt", "z", "in_proj", "dt_proj"}
-    assert {p.dtype for p in t.model.parameters()} == {torch.float32}
+    assert halves == {"x", "dt", "z", *(f"{name}.weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))}
+    assert streams == {p.dtype for p in t.model.parameters()} == {torch.float32}
     assert loss == pytest.approx(exact, rel=0.01) and loss != exact
     assert arrived == [0, 0, 0, len([*t.model.parameters()])]
 
@@ -343,7 +342,6 @@ def test_four_passes_a_step_draw_the_curve_of_one(run, uninterrupted, tmp_path):
 
 def test_compiled_blocks_and_checkpointed_activations_change_nothing(run, uninterrupted, tmp_path, monkeypatch,
                                                                      graphs):
-    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     calls = []
     recomputed = train.recomputed
     monkeypatch.setattr(train, "recomputed", lambda *args: calls.append(args) or recomputed(*args))
@@ -358,20 +356,14 @@ def test_one_compiled_code_serves_all_layers_and_batches_and_at_most_another_eac
     compiled hangs on sizes alone."""
     monkeypatch.setattr(scan_triton, "launch", lambda *args, **sizes: None)
     monkeypatch.setattr(train.scan, "default_backend", lambda *_: "triton")
-    monkeypatch.setitem(train.scan.BACKENDS, "chunked", train.scan.Chunked.apply)     # --compile changes it
     options, _ = train.parse(["--device", "cpu", "--compile", "--checkpoint-activations"])
     config = MambaConfig(vocab_size=257, d_model=8, n_layer=3, d_state=2)
     found = []
-    if sharded:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank() if sharded else nullcontext():
         objective = train.build(options, config, END, Mamba(config))
         for context, batch in (512, 2), (512, 3), (512, 8), (1024, 4), (2048, 2):
             objective(torch.randint(257, (batch, context + 1))).backward()
             found.append(len(graphs))
-    finally:
-        if sharded:
-            dist.destroy_process_group()
     assert found[0] == 1 and found[-1] <= 3
 
 RANK = """
@@ -501,25 +493,17 @@ def test_after_a_resume_each_step_stands_in_the_metrics_once(run, uninterrupted,
 def test_resuming_another_run_is_refused_with_both_values(run, uninterrupted, typed, says):
     """Another corpus or tokenizer, too: test_bad_train.py."""
     before = contents(uninterrupted)
-    status, _, told = run(uninterrupted, "--resume", *typed.split())
-    assert status == 1
-    assert_sentence(told, says)
+    assert_refused(run(uninterrupted, "--resume", *typed.split()), says)
     assert contents(uninterrupted) == before
 
 def test_what_cannot_be_written_is_a_sentence_and_is_written_by_resuming(run, uninterrupted, at_9):
     before = contents(at_9 / "checkpoints")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))      # as a full disk
-    status, _, told = run(at_9, "--resume")
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 1
-    assert_sentence(told, "too large")
+    with largest_file(60_000):
+        assert_refused(run(at_9, "--resume"), "too large")
     assert before.items() <= contents(at_9 / "checkpoints").items()
     assert train.checkpoints(at_9)[-1].name == "step-000000009"
     (at_9 / "model.safetensors").mkdir()        # in the place of a file, which the end writes
-    status, _, told = run(at_9, "--resume")
-    assert status == 1
-    assert_sentence(told, "cannot write the checkpoint")
+    assert_refused(run(at_9, "--resume"), "cannot write the checkpoint")
     (at_9 / "model.safetensors").rmdir()
     assert run(at_9, "--resume")[0] == 0
     assert curve(at_9) == curve(uninterrupted) and not [*at_9.rglob("*.partial")]
@@ -528,8 +512,7 @@ def test_what_cannot_be_written_is_a_sentence_and_is_written_by_resuming(run, un
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, tmp_path):
     phases = "--warmup-tokens", 0, "--ramp-tokens", 0, "--decay-tokens", 0, "--total-tokens", 256, "--lr", 1e9
-    status, _, err = run(tmp_path / "out", *phases)
-    assert status == 1 and "held-out loss on text is" in err and "--lr" in err, err
+    assert_refused(run(tmp_path / "out", *phases), "held-out loss on text is", "--lr")
     assert not [*tmp_path.rglob("*.safetensors")]
 
 def test_what_takes_another_files_place_is_on_the_disk_before(run, at_9, monkeypatch):

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 import scan_triton as st
 from mamba import Mamba, MambaConfig
+from scan import selective_scan
 from tests import layer_report
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,17 +73,16 @@ def tool(name: str, *args: str) -> str:
 
 @functools.cache
 def count(label: str, target: str = "sm_90", reset: bool = False, **sizes) -> dict:
-    """Registers, stack, spills, shared memory, and the instructions of the loop per state update."""
+    """Registers, stack, spills, and the instructions of the loop per state update."""
     compiled = build(label, target, reset, **sizes)
     if target.startswith("gfx"):
-        names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count",
-                 "SHARED": "group_segment_fixed_size"}
+        names = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size", "LOCAL": "vgpr_spill_count"}
         text = compiled.asm["amdgcn"]
         return {kind: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for kind, name in names.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name))
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", f.name))
         code = tool("nvdisasm", "-c", f.name)
     counted = loop_of(code)
     updates = n * st.STEPS                  # of each thread, in one turn of the loop
@@ -166,7 +166,7 @@ def memory() -> tuple[int, int]:
 
 def measured() -> None:
     """On a GPU: the scan, timed, and mamba_ssm's kernel beside it, if that is installed."""
-    scans = {"ours": lambda *p: st.selective_scan(*p)[0]}
+    scans = {"ours": lambda *p: selective_scan(*p, backend="triton")[0]}
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         scans["mamba_ssm"] = lambda x, dt, A, B, C, D, z, dt_bias: selective_scan_fn(
@@ -206,17 +206,13 @@ def layer(resets: bool = False) -> dict[str, dict]:
     waits = total(resets, waits=True)
     inference = layer_report.layer_kernels(b, l, False, resets)
     training = layer_report.layer_kernels(b, l, True, resets)
-    # At the least, the forward moves 6 rows. RMSNorm reads the stream in fp32, and writes half a row. The
-    # convolution reads a row and writes one. The last sum reads half a row and the stream, and writes the stream.
-    # The backward moves 9. The stream's gradient is rounded: 1.5. The convolution reads x and two gradients and
-    # writes one. RMSNorm reads half a row, the stream and its gradient, and writes a gradient.
-    passes = {"forward, inference": (1, "forward", inference["forward"], 6),
-              "forward, training": (1, "forward", training["forward"], 6),
-              "backward": (2, "backward", training["backward"], 9)}
+    passes = {"forward, inference": (1, "forward", inference["forward"]),
+              "forward, training": (1, "forward", training["forward"]),
+              "backward": (2, "backward", training["backward"])}
     return {name: {"products": products * FLOPS / (PRODUCTS * PEAK) * 1e3, "scan": scan[way],
                    "waits": waits[way] - scan[way], "rest": sum(sizes) / HBM * 1e3, "kernels": len(sizes),
-                   "GB": sum(sizes) / 1e9, "floor GB": rows * 2 * b * l * d / 1e9}
-            for name, (products, way, sizes, rows) in passes.items()}
+                   "GB": sum(sizes) / 1e9}
+            for name, (products, way, sizes) in passes.items()}
 
 def token() -> dict:
     """What it takes to write one token with the 7B, by --compile, whose kernels a graph replays."""
@@ -248,8 +244,7 @@ def print_layer() -> None:
     for name, part in parts.items():
         ms[name] = part["products"] + part["scan"] + part["rest"]
         print(f"{name:18} products {part['products']:.2f} ms, scan {part['scan']:.2f}, rest {part['rest']:.2f}: "
-              f"{ms[name]:.2f} ms; in the rest {part['kernels']} kernels and {part['GB']:.2f} GB "
-              f"(at least {part['floor GB']:.2f})")
+              f"{ms[name]:.2f} ms; in the rest {part['kernels']} kernels and {part['GB']:.2f} GB")
     waits = parts["backward"]["waits"]
     needed = (3 * FLOPS + 24 * b * l * d * n) / PEAK * 1e3      # without what is computed again
     for name, forwards in ("forward and backward", 1), ("the same with --checkpoint-activations", 2):
@@ -265,24 +260,21 @@ def print_kernels() -> None:
           "least; * is the slowest. Beside them, how many warps fit on an\nSM by registers, and the ms of so many "
           f"if a warp takes {WAITS['issue']} cycles an instruction, {WAITS['SHFL']} more a shuffle,\n"
           f"{WAITS['BAR']} a barrier, and waits {LOADS} for the loads of a block.\n")
-    print(f"{'kernel':18} {'target':7} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'instr/upd':>9} "
-          f"{'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} {'SHFL':>6} {'warps':>5} {'waits':>5}")
+    print(f"{'kernel':18} {'regs':>4} {'instr/upd':>9} {'MUFU/upd':>8} {'MB':>6} {'HBM':>6} {'MUFU':>6} {'issue':>6} "
+          f"{'SHFL':>6} {'warps':>5} {'waits':>5}")
     for label in KERNELS:
-        for target in TARGETS:
-            found = count(label, target)
-            line = f"{label:18} {target:7} {found['REG']:4} {found['STACK']:5} {found['LOCAL']:5}"
-            line += f" {found['SHARED']:6}"
-            if "issue" in found:
-                line += f" {found['issue']:9.1f} {found['MUFU']:8.2f}"
-            if target == "sm_90":
-                ms = estimate(label, found)
-                line += f" {traffic()[label] / 1e6:6.0f}"
-                for kind in "HBM", "MUFU", "issue", "SHFL":
-                    line += f" {ms[kind]:5.2f}{'*' if ms[kind] == max(ms.values()) else ' '}"
-                line += f" {warps(found):5} {waiting(label, found):5.2f}"
-            print(line)
+        found = count(label)
+        ms = estimate(label, found)
+        line = f"{label:18} {found['REG']:4} {found['issue']:9.1f} {found['MUFU']:8.2f} {traffic()[label] / 1e6:6.0f}"
+        for kind in "HBM", "MUFU", "issue", "SHFL":
+            line += f" {ms[kind]:5.2f}{'*' if ms[kind] == max(ms.values()) else ' '}"
+        print(line + f" {warps(found):5} {waiting(label, found):5.2f}")
     sums = "backward: sums"
-    print(f"{sums:67} {traffic()[sums] / 1e6:6.0f} {estimate(sums, {})['HBM']:5.2f}*\n")
+    print(f"{sums:41} {traffic()[sums] / 1e6:6.0f} {estimate(sums, {})['HBM']:5.2f}*\n")
+    for target in TARGETS:
+        found = [count(label, target) for label in KERNELS]
+        spilled = sum(each["STACK"] + each["LOCAL"] for each in found)
+        print(f"{target}: at most {max(each['REG'] for each in found)} registers, spills: {spilled}")
     for name, reset, waits in (("estimated", False, False), ("with resets", True, False),
                                ("with waits", False, True)):
         ms = total(reset, waits)
