@@ -316,11 +316,15 @@ def usable(peer: str) -> bool:
     return not missing
 
 def machine(threads: int) -> str:
+    """What it is and runs, and those of its instructions that make figures differ."""
     import torch
+    has = torch.cpu.get_capabilities()
+    known = "avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "bf16", "fp16_arith"
+    instructions = ", ".join(name for name in known if has.get(name))
     packages = ["torch", "transformers", "mambapy", "llama-cpp-python"]
     versions = [f"{name} {version(name)}" for name in packages if version(name)]
-    name = torch.cpu.get_capabilities().get("cpu_name", "a CPU")
-    return f"{name}, {threads} threads; {', '.join(versions)}"
+    name = has.get("cpu_name", "a CPU")
+    return f"{name} ({instructions}), {threads} threads; {', '.join(versions)}"
 
 # What it prints, and the README shows.
 

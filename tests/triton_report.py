@@ -206,13 +206,17 @@ def layer(resets: bool = False) -> dict[str, dict]:
     waits = total(resets, waits=True)
     inference = layer_report.layer_kernels(b, l, False, resets)
     training = layer_report.layer_kernels(b, l, True, resets)
-    passes = {"forward, inference": (1, "forward", inference["forward"]),
-              "forward, training": (1, "forward", training["forward"]),
-              "backward": (2, "backward", training["backward"])}
+    # At the least, the forward moves 6 rows. RMSNorm reads the stream in fp32, and writes half a row. The
+    # convolution reads a row and writes one. The last sum reads half a row and the stream, and writes the stream.
+    # The backward moves 9. The stream's gradient is rounded: 1.5. The convolution reads x and two gradients and
+    # writes one. RMSNorm reads half a row, the stream and its gradient, and writes a gradient.
+    passes = {"forward, inference": (1, "forward", inference["forward"], 6),
+              "forward, training": (1, "forward", training["forward"], 6),
+              "backward": (2, "backward", training["backward"], 9)}
     return {name: {"products": products * FLOPS / (PRODUCTS * PEAK) * 1e3, "scan": scan[way],
                    "waits": waits[way] - scan[way], "rest": sum(sizes) / HBM * 1e3, "kernels": len(sizes),
-                   "GB": sum(sizes) / 1e9}
-            for name, (products, way, sizes) in passes.items()}
+                   "GB": sum(sizes) / 1e9, "floor GB": rows * 2 * b * l * d / 1e9}
+            for name, (products, way, sizes, rows) in passes.items()}
 
 def token() -> dict:
     """What it takes to write one token with the 7B, by --compile, whose kernels a graph replays."""
@@ -244,7 +248,8 @@ def print_layer() -> None:
     for name, part in parts.items():
         ms[name] = part["products"] + part["scan"] + part["rest"]
         print(f"{name:18} products {part['products']:.2f} ms, scan {part['scan']:.2f}, rest {part['rest']:.2f}: "
-              f"{ms[name]:.2f} ms; in the rest {part['kernels']} kernels and {part['GB']:.2f} GB")
+              f"{ms[name]:.2f} ms; in the rest {part['kernels']} kernels and {part['GB']:.2f} GB "
+              f"(at least {part['floor GB']:.2f})")
     waits = parts["backward"]["waits"]
     needed = (3 * FLOPS + 24 * b * l * d * n) / PEAK * 1e3      # without what is computed again
     for name, forwards in ("forward and backward", 1), ("the same with --checkpoint-activations", 2):
