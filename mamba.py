@@ -56,7 +56,7 @@ class MambaConfig:
     bias: bool = False                  # of in_proj and out_proj
     conv_bias: bool = True
     tie_embeddings: bool = False        # lm_head is the embedding matrix
-    initializer_range: float = 0.1      # standard deviation of what initialize() draws
+    initializer_range: float = 0.1      # standard deviation of fresh weights, in initialize()
     bos_token_id: int = 0               # or None; never put before a text
     eos_token_id: int = 11              # or None, or a list: a text ends at any of them
     pad_token_id: int = 0               # or None
@@ -75,8 +75,8 @@ class MambaConfig:
         """From a published config.json; ValueError if it is missing, broken, or another model's."""
         return cls(**read_config(path))
 
-# Small tensors that are fp32 in every model. A rounding of A_log would act at each token. In bf16
-# dt_proj's bias, -7 to -2 when fresh, would change a token's delta by up to 1.6 %.
+# Small tensors that are fp32 in all models that are loaded or trained. A rounding of A_log would act
+# at each token. In bf16 dt_proj's bias, -7 to -2 when fresh, would change delta by up to 1.6 %.
 KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
 
 class State(NamedTuple):
@@ -319,7 +319,8 @@ class Mamba(nn.Module):
         """Write config.json and model.safetensors, which transformers loads as they are.
 
         `tensors`, from name to value, stand in for the model's own where those are sharded (FSDP)
-        over GPUs. OSError if it fails, and then the files that were there are left as they were.
+        over GPUs. OSError if it fails, and then the files that were there are left as they were,
+        but for a disk that fails between the two renames.
         """
         if any(isinstance(module, Int4Linear) for module in self.modules()):
             raise ValueError("a model in 4 bits cannot be saved; load it without quantize")
@@ -434,7 +435,7 @@ class Int4Linear(nn.Module):
             pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
             weights = (unpack(*piece, block_size()).to(x.dtype) for piece in pieces)
             y = torch.cat([product(rows, weight) for weight in weights], dim=1)
-        y = y[:, :self.out_features]                                # without rows that pack added
+        y = y[:, :self.out_features].contiguous()                   # without rows that pack added
         y = y.unflatten(0, x.shape[:-1])                            # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
@@ -477,9 +478,10 @@ def unpack(packed: Tensor, levels: Tensor, block: int) -> Tensor:
 @functools.cache
 def block_size() -> int:
     """How many rows a block of this CPU's kernel has; 0 if unpack is wrong here."""
-    weight = torch.arange(64.0 * 64).sin().view(64, 64)             # levels of it are 2 / 15 apart
+    size = torch.arange(1.0, 65)[:, None]                           # of each row another
+    weight = size * torch.arange(64.0 * 64).sin().view(64, 64)      # levels are 2 / 15 size apart
     for block in 64, 32, 16:
-        if (unpack(*pack(weight), block) - weight).abs().max() < 0.08:
+        if ((unpack(*pack(weight), block) - weight) / size).abs().max() < 0.08:
             return block
     return 0
 

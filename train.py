@@ -395,8 +395,8 @@ def over_ranks(value: float) -> float:
 def shard(objective: Objective, device: str, dtype: torch.dtype, offload: bool = False) -> None:
     """FSDP2: each rank keeps its part of every tensor, in fp32, and gathers what it is about to run.
 
-    The objective gathers embeddings, norm_f and lm_head, and a block its matrices and its norm, all
-    in `dtype`. The backbone gathers KEEP_FP32 of all blocks, in fp32.
+    The objective gathers embeddings, norm_f and lm_head, all in `dtype`, and so does a block all
+    that is its own but KEEP_FP32. The backbone gathers that of all blocks, in fp32.
     """
     options = {"mesh": dist.init_device_mesh(device, (world_size(),)),
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
@@ -770,14 +770,13 @@ def fitted(args: argparse.Namespace, recipe: Recipe, sources: dict[str, Source])
     """
     stage = recipe.stages[0]
     share = shares(stage.mixture)
-    epoch = min(len(sources[name].training) / share[name] for name in share if share[name] > 0)
-    given = {"total_tokens": int(epoch)} | args.given
-    total = given["total_tokens"]
+    epoch = int(min(len(sources[name].training) / share[name] for name in share if share[name] > 0))
     held_out = min(len(source.held_out) for source in sources.values())
-    fits = max(64, min(total // 200, (held_out - 1) // 8))
+    fits = max(64, min(epoch // 200, (held_out - 1) // 8))
     while not args.context and stage.context > fits:
         stage = replace(stage, context=stage.context // 2)
-    rows = min(max(1, total // (200 * stage.context)), recipe.batch_end)
+    given = {"total_tokens": epoch} | args.given
+    rows = min(max(1, given["total_tokens"] // (200 * stage.context)), recipe.batch_end)
     return scaled(replace(recipe, stages=(stage,)), {"batch_end": rows} | given)
 
 def pick_config(args: argparse.Namespace, folder: Path | None, tokens: int, end: int) -> MambaConfig:
