@@ -75,8 +75,8 @@ class MambaConfig:
         """From a published config.json; ValueError if it is missing, broken, or another model's."""
         return cls(**read_config(path))
 
-# Small tensors that are fp32 in all models that are loaded or trained. A rounding of A_log would act
-# at each token. In bf16 dt_proj's bias, -7 to -2 when fresh, would change delta by up to 1.6 %.
+# Small tensors that are fp32 in all models loaded or trained. A rounding of A_log would act at each
+# token. In bf16 dt_proj's bias, -7 to -2 when fresh, would change delta by up to 1.6 %.
 KEEP_FP32 = "A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"
 
 class State(NamedTuple):

@@ -2,8 +2,8 @@
 import json
 import os
 import struct
-from pathlib import Path
 from dataclasses import fields
+from pathlib import Path
 
 import huggingface_hub
 import pytest
