@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import scan
 from mamba import KEEP_FP32, Mamba, MambaConfig, find, read_json, write_file
-from sample import DTYPES, device, end_tokens, number, read_tokenizer, vocabulary
+from sample import DTYPES, device, end_tokens, keep_memory, number, read_tokenizer, vocabulary
 
 GT = 10**9      # a billion tokens, the report's unit
 
@@ -633,6 +633,7 @@ def train(trainer: Trainer) -> bool:
     peak = learning_rate(recipe, total - recipe.decay_tokens)
     print(f"{recipe}\n{total:,} tokens in {count_steps(recipe):,} steps of up to {recipe.batch_end} rows "
           f"of {recipe.longest}; for so many rows the learning rate's peak is {peak:.2e}")
+    keep_memory()
     signals = []
 
     def on_signal(number, frame):
