@@ -64,8 +64,9 @@ def tokens(count: int, seed: int, vocab_size: int) -> list[int]:
 def ours(folder: Path, threads: int, compiled=False, quantize=False):
     import torch
     from mamba import Mamba
-    from sample import compile_blocks, generate
+    from sample import compile_blocks, generate, keep_memory
     model = Mamba.from_pretrained(folder, quantize=quantize)
+    keep_memory()       # as sample.py does
     if compiled:
         compile_blocks()
 
