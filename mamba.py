@@ -432,9 +432,10 @@ class Int4Linear(nn.Module):
         if x.is_cuda or len(rows) < self.UNPACK_FROM or not block_size():
             y = multiply(rows.bfloat16().contiguous(), self.packed, self.levels)
         else:
+            rows = rows.float() if x.dtype in NO_UNITS else rows
             pieces = zip(self.packed.split(ROWS), self.levels.split(ROWS, dim=1))
-            weights = (unpack(*piece, block_size()).to(x.dtype) for piece in pieces)
-            y = torch.cat([product(rows, weight) for weight in weights], dim=1)
+            weights = (unpack(*piece, block_size()).to(rows.dtype) for piece in pieces)
+            y = torch.cat([F.linear(rows, weight) for weight in weights], dim=1)
         y = y[:, :self.out_features].contiguous()                   # without rows that pack added
         y = y.unflatten(0, x.shape[:-1])                            # (b, l, out)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
