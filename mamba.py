@@ -422,10 +422,19 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features = len(weight)
         self.bias = bias
-        pieces = [pack(rows.float()) for rows in weight.split(ROWS)]
-        packed, levels = zip(*pieces)
-        self.packed = nn.Parameter(torch.cat(packed), requires_grad=False)
-        self.levels = nn.Parameter(torch.cat(levels, dim=1), requires_grad=False)
+        # Room for all rows at once: small results between large ones would scatter free memory.
+        count = len(weight) + -len(weight) % 64                     # as pack pads them
+        packed, levels = pack(weight[:64].float())
+        packed = packed.new_empty(count // 64 * len(packed), *packed.shape[1:])
+        levels = levels.new_empty(len(levels), count, 2)
+        pieces = zip(weight.split(ROWS), packed.split(ROWS * len(packed) // count),
+                     levels.split(ROWS, dim=1))
+        for rows, packed_rows, levels_rows in pieces:
+            results = pack(rows.float())
+            packed_rows.copy_(results[0])
+            levels_rows.copy_(results[1])
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.levels = nn.Parameter(levels, requires_grad=False)
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                     # (b l, in)
