@@ -181,7 +181,7 @@ def write(steps: Iterator[Tensor], texts: list[Text], stop: list[int], goes_on: 
                 text.unprinted.append(token)
     for text in texts:
         text.ended = text.ended or not goes_on
-        print(text.show())
+        print(text.show(), flush=True)      # now, because at exit nobody catches a closed pipe
     return times, state
 
 def read_tokenizer(path: Path) -> Tokenizer:
