@@ -87,7 +87,7 @@ def merge_pairs(decay: Tensor, drive: Tensor) -> Tensor:
 # Beyond the inputs, only the state before each chunk is kept. So (b, l, d, n) never exists: of 8192
 # tokens of a layer of the 7B 134 MB are kept, not 4.3 GB. From them the backward makes a
 # chunk's states again. To run h backwards in time would be to divide by decays that are near 0.
-# Here dv is the gradient dL/dv of any v. Only the input dt is none, and its own is ddt. That of the
+# Here dv is the gradient dL/dv of any v. But dt is an input, and its gradient is ddt. That of the
 # last h is given. The forward's parts come first, then gradients, from y back to the inputs:
 #     w_t = delta_t x_t,   u_t = delta_t A,   s_t = C_t . h_t + D x_t
 #     ds_t = dy_t SiLU(z_t)

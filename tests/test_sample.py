@@ -1,12 +1,13 @@
 """The sampler: what it draws, what it shows, and what it keeps."""
 import json
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import SHARED, call
+from conftest import SHARED, call, python
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -263,6 +264,22 @@ def test_the_steps_of_a_prompt_are_drawn_and_nothing_is_written(run, tmp_path):
     assert run("--prompt", "def f(é)", "--show-steps", tmp_path / "steps.svg").out == ""
     picture = (tmp_path / "steps.svg").read_text()
     assert picture.startswith("<svg") and "layer 1" in picture and ">f<" in picture
+
+KEPT = """
+import os, sample, torch
+def pages():
+    return int(open("/proc/self/statm").read().split()[1])
+sample.keep_memory()
+before = pages()
+block = torch.ones(20_000_000, dtype=torch.uint8)
+del block
+print((pages() - before) * os.sysconf("SC_PAGE_SIZE"))
+"""
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_memory_that_was_freed_stays_for_the_next_block():
+    assert int(python(KEPT).stdout) > 15_000_000
+    assert int(python(KEPT.replace("sample.keep_memory()", "")).stdout) < 5_000_000
 
 # What was published.
 

@@ -27,6 +27,7 @@ import train
 from kill_loop import ONE_THREAD, curve, flags, kill_loop, start
 from mamba import Mamba, MambaConfig
 from sample import read_tokenizer
+from tests.plan import count_steps
 from train import (GT, RECIPES, Objective, Recipe, Source, Stage, Trainer, batch_size, byte_tokenizer,
                    choose_rows, context_length, learning_rate, optimizer, read_source, shares)
 
@@ -128,6 +129,16 @@ def test_the_learning_rate_follows_the_batch_by_its_square_root(typed, peak):
     _, recipe = train.parse(typed.split())
     stable = recipe.total_tokens - recipe.decay_tokens
     assert learning_rate(recipe, stable) == pytest.approx(peak)
+
+@pytest.mark.parametrize("tokens, context", [(20_000, 64), (300_000, 1024), (3_000_000, 8192)])
+def test_a_continued_run_is_an_epoch_in_at_least_200_steps_whose_rows_follow_the_text_alone(tokens, context):
+    sources = {"text": Source(held_out=np.zeros(tokens // 20, int), training=np.zeros(tokens, int))}
+    for typed in "", "--eval-only", "--total-tokens 20000":
+        options, recipe = train.parse(f"--init-from x {typed}".split())
+        recipe = train.pick_recipe(options, recipe, sources)
+        assert recipe.longest == context
+        assert recipe.total_tokens == options.given.get("total_tokens", tokens)
+        assert count_steps(recipe) >= 200 or "total" in typed
 
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
     short = train.scaled(SEVEN, {"total_tokens": 5500 * GT // 1000})
